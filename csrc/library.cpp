@@ -1,0 +1,47 @@
+// The operators as torch sees them: each checks its arguments at the door, then hands raw pointers to the kernels.
+// Only torch's stable ABI is used, so that one build serves later torch versions too.
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "kernels.h"
+#include "operators.h"
+
+namespace negotiator {
+
+const Kernels& kernels() {
+#if defined(NEGOTIATOR_X86)
+  static const Kernels& best = []() -> const Kernels& {
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? kernels_avx512 : avx2 ? kernels_avx2 : kernels_baseline;
+  }();
+  return best;
+#else
+  return kernels_baseline;
+#endif
+}
+
+std::string instruction_set() { return kernels().name; }
+
+}  // namespace negotiator
+
+STABLE_TORCH_LIBRARY(negotiator_kernels, m) {
+  m.def("instruction_set() -> str");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor slot_starts, "
+      "Tensor query_starts, float scale) -> Tensor");
+  m.def(
+      "sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor seeds, Tensor positions) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&negotiator::instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&negotiator::paged_attention));
+  m.impl("sample", TORCH_BOX(&negotiator::sample));
+}

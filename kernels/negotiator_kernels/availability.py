@@ -1,0 +1,59 @@
+"""Which backends this machine can use, and why not the others. `python -m negotiator_kernels` prints it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    name: str
+    on: bool
+    detail: str  # what it runs on, or why it is off
+
+
+def backends() -> list[Backend]:
+    """Every backend that some operator has, apart from plain torch, which is always there."""
+    return [
+        _backend("native", native_off_reason(), _instruction_set),
+        _backend("cuda", cuda_off_reason(), torch.cuda.get_device_name),
+        _backend("triton", triton_off_reason(), lambda: f"triton {importlib.metadata.version('triton')}"),
+    ]
+
+
+def _backend(name: str, off_reason: str | None, describe: Callable[[], str]) -> Backend:
+    return Backend(name, off_reason is None, describe() if off_reason is None else off_reason)
+
+
+@functools.cache
+def native_off_reason() -> str | None:
+    """None when the CPU operators of `csrc/` are loaded, else the reason in one sentence."""
+    spec = importlib.util.find_spec("negotiator_kernels._C")
+    if spec is None or spec.origin is None:
+        return "csrc/ was not built: run make env, or pip install --no-build-isolation -e ."
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"{spec.origin} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def cuda_off_reason() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def triton_off_reason() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed; it comes with CUDA builds of torch"
+
+
+def _instruction_set() -> str:
+    name: str = torch.ops.negotiator_kernels.instruction_set()
+    return f"{name} kernels, {torch.get_num_threads()} threads"

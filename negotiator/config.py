@@ -1,0 +1,225 @@
+"""The one configuration of a run: typed, validated, unknown keys rejected.
+
+A value comes from the defaults below, then the YAML file of `--config`, then `--section.key value`. Presets are the
+files in `configs/`. What was resolved is written to `runs/<name>/config.yaml`, which is itself a valid `--config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class ModelConfig(Section):
+    path: str = Field("models/SmolLM2-135M-Instruct", description="folder with a Hugging Face causal LM and tokenizer")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="compute precision; auto is bf16 where the device multiplies it natively, else fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one")
+
+
+class DataConfig(Section):
+    dilemmas: Path | None = Field(None, description="JSONL file of dilemmas; the shipped 1,100 when left out")
+    personas: Path | None = Field(None, description="JSONL file of persona pairs; the shipped 25 when left out")
+    held_out: float = Field(0.05, ge=0, lt=1, description="share of dilemmas that is never trained on")
+
+
+class DialogueConfig(Section):
+    max_rounds: int = Field(7, ge=1, description="rounds (one utterance each) before a dialogue ends without agreement")
+    window: Literal["all"] | int = Field(2, description="utterances each prompt shows: the last N, or all")
+    max_tokens: int = Field(256, ge=1, description="longest utterance, in tokens")
+    temperature: float = Field(0.7, gt=0, description="sampling temperature of utterances")
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus of utterances")
+    completion_max_tokens: int = Field(512, ge=1, description="longest final completion, in tokens")
+    completion_temperature: float = Field(0.1, ge=0, description="sampling temperature of the completion; 0 is greedy")
+    completion_top_p: float = Field(0.95, gt=0, le=1, description="nucleus of the completion")
+
+    @model_validator(mode="after")
+    def _window_is_positive(self) -> DialogueConfig:
+        if self.window != "all" and self.window < 1:
+            raise ValueError("window must be 'all' or at least 1")
+        return self
+
+
+class RolloutConfig(Section):
+    scenarios: int = Field(16, ge=1, description="scenarios a step")
+    group_size: int = Field(8, ge=2, description="dialogues per scenario; they are compared with one another")
+
+
+class EngineConfig(Section):
+    max_running: int = Field(64, ge=1, description="requests that decode together")
+    cache_tokens: int = Field(32768, ge=1, description="tokens whose keys and values fit in the cache")
+    prefill_tokens: int = Field(1024, ge=1, description="most prompt tokens in one forward pass")
+
+
+class JudgeConfig(Section):
+    agreement: str = Field("local", description="local, openai, or module:function")
+    reward: str = Field("local", description="local, openai, or module:function")
+    agree_threshold: float = Field(
+        0.5, gt=0, lt=1, description="local judge: P(yes) from which a round counts as agreed"
+    )
+    url: str | None = Field(None, description="openai: base URL of the endpoint, up to and with /v1")
+    name: str | None = Field(None, description="openai: model to ask for")
+    api_key_env: str = Field("OPENAI_API_KEY", description="openai: environment variable that holds the key")
+    timeout_s: float = Field(60.0, gt=0, description="openai: longest wait for one answer, seconds")
+    retries: int = Field(5, ge=0, description="openai: further tries after a time-out, 429 or 5xx")
+    concurrency: int = Field(32, ge=1, description="openai: requests under way at once")
+
+    @model_validator(mode="after")
+    def _judges_are_complete(self) -> JudgeConfig:
+        for role in ("agreement", "reward"):
+            kind = getattr(self, role)
+            if kind not in ("local", "openai") and ":" not in kind:
+                raise ValueError(f"{role} must be local, openai or module:function, not {kind!r}")
+        if "openai" in (self.agreement, self.reward) and not (self.url and self.name):
+            raise ValueError("an openai judge needs judge.url and judge.name")
+        return self
+
+
+class LossConfig(Section):
+    type: Literal["dapo", "grpo", "dr_grpo", "cispo", "gspo"] = Field("dapo", description="loss and its normalisation")
+    clip_low: float = Field(0.2, ge=0, description="ratio may fall this far below 1")
+    clip_high: float = Field(0.2, ge=0, description="ratio may rise this far above 1")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    importance: Literal["none", "truncate", "mask"] = Field(
+        "truncate", description="correction for the gap between the engine's and the trainer's probabilities"
+    )
+    importance_cap: float = Field(2.0, ge=1, description="bound of that correction")
+    train_roles: Literal["both", "agent1"] = Field("both", description="whose utterances are trained")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(5e-6, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up; constant afterwards")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam moments")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which it is scaled down")
+    micro_batch_tokens: int = Field(8192, ge=1, description="most packed tokens in one forward and backward pass")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(10, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class Config(Section):
+    name: str | None = Field(None, description="name of the run folder under runs/; date and time when left out")
+    runs: Path = Field(Path("runs"), description="folder of all runs")
+    steps: int = Field(1900, ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0, description="the only source of randomness")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    dialogue: DialogueConfig = DialogueConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
+    judge: JudgeConfig = JudgeConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
+    """Builds the configuration from a YAML file and `{"section.key": value}` overrides; ValueError in one sentence."""
+    values = _read_yaml(path) if path else {}
+    for dotted, value in overrides.items():
+        *sections, key = dotted.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path}: {section} must hold keys, not {node!r}")
+        node[key] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:  # pydantic reports every error over several lines; users get the first, in one
+        raise ValueError(_one_sentence(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--section.key` for every field, one help group a section, with its description and default."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for dotted, field in _leaves(Config):
+        section = dotted.rpartition(".")[0] or "run"
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        groups[section].add_argument(
+            f"--{dotted}",
+            metavar=_kind(field.annotation),
+            default=argparse.SUPPRESS,
+            type=yaml.safe_load,
+            help=f"{field.description} (default: {field.default})".replace("%", "%%"),
+        )
+
+
+def _kind(annotation: Any) -> str:
+    """How the help names the values a field takes: `int`, `auto|cpu|cuda`, `all|int`."""
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(_kind(member) for member in get_args(annotation) if member is not type(None))
+    if get_origin(annotation) is tuple:
+        return "[" + ",".join(_kind(member) for member in get_args(annotation)) + "]"
+    return "path" if annotation is Path else str(annotation.__name__)
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one sentence and exit code 2, and never guesses abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def config_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The `--section.key` values that were given, without the other arguments of the command."""
+    names = {dotted for dotted, _ in _leaves(Config)}
+    return {key: value for key, value in vars(arguments).items() if key in names}
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            leaves += _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            leaves.append((prefix + name, field))
+    return leaves
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no config file at {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values")
+    return values
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("literal['all']", "int"))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where}; --help lists all keys"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message[0].lower()}{message[1:]}, not {first['input']!r}"

@@ -1,0 +1,56 @@
+"""The one contract between the negotiation and whatever generates its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+
+from negotiator.types import Generation, SamplingParams
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Running totals since the engine was built; `train` reports their differences over a step."""
+
+    prompt_tokens: int = 0  # of finished requests, cached or not
+    cached_prompt_tokens: int = 0  # of those, reused from the prefix cache
+    generated_tokens: int = 0
+    forward_passes: int = 0
+    prefill_seconds: float = 0.0  # time in forward passes, shared between prefill and decode by their tokens
+    decode_seconds: float = 0.0
+
+    def since(self, earlier: EngineStats) -> EngineStats:
+        """What was added after `earlier` was taken."""
+        return EngineStats(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+
+class Engine(Protocol):
+    """Generates under the current policy weights. Every method but `stats` may be awaited by many dialogues at once."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        """Samples a continuation of `prompt_ids`.
+
+        Raises ValueError if prompt and `max_tokens` do not fit the model's context or the cache.
+        """
+        ...
+
+    async def next_logprobs(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        """Log-probs (temperature 1, whole vocabulary) of each of `token_ids` as the token after `prompt_ids`."""
+        ...
+
+    async def warm(self, prefix_ids: Sequence[int]) -> None:
+        """Puts a prefix into the cache, so that requests sent together afterwards all share it."""
+        ...
+
+    async def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Serves new weights, and drops every key and value of the old ones. Nothing may be running."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the totals."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,82 @@
+"""One step as one flat object of figures; the names are the columns of `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from negotiator.advantages import AdvantageStats
+from negotiator.engines.base import EngineStats
+from negotiator.learner import LearnerStats
+from negotiator.types import DialogueGroup, TurnSample
+
+
+class Stopwatch:
+    """Seconds by phase; every moment since it was made belongs to exactly one lap."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return self._last - self._started
+
+
+def step_metrics(
+    step: int,
+    groups: Sequence[DialogueGroup],
+    samples: Sequence[TurnSample],
+    spread: AdvantageStats,
+    engine: EngineStats,
+    judge: EngineStats,
+    stats: LearnerStats,
+    clock: Stopwatch,
+) -> dict[str, Any]:
+    """`samples` are all of the step, those that a zero advantage kept from the learner too.
+
+    `engine` and `judge` are what the two engines did in this step; the local judge's forward passes are taken out of
+    the rollout's seconds. Rates and means are over the dialogues that ended.
+    """
+    dialogues = [dialogue for group in groups for dialogue in group.dialogues]
+    ended = [dialogue for dialogue in dialogues if dialogue.state != "failed"]
+    judge_seconds = judge.prefill_seconds + judge.decode_seconds
+    learn = clock.seconds["learn"]
+    seconds = {
+        "step": clock.total(),
+        "rollout": clock.seconds["rollout"] - judge_seconds,
+        "judge": judge_seconds,
+        "pack": clock.seconds["pack"],
+        "forward": stats.forward_seconds,
+        "backward": stats.backward_seconds,
+        "optimizer": learn - stats.forward_seconds - stats.backward_seconds,
+        "sync": clock.seconds["sync"],
+    }
+    return {
+        "step": step,
+        "reward_mean": spread.reward_mean,
+        "reward_std": spread.reward_std,
+        "agreement_rate": sum(d.state == "scored" for d in ended) / len(ended),
+        "rounds_mean": sum(d.rounds for d in ended) / len(ended),
+        "zero_variance_groups": spread.zero_variance_groups,
+        "failed_dialogues": len(dialogues) - len(ended),
+        "trained_tokens": sum(len(sample.response_ids) for sample in samples),
+        "generated_tokens": engine.generated_tokens,
+        "prompt_tokens": engine.prompt_tokens,
+        "cached_prompt_tokens": engine.cached_prompt_tokens,
+        "utterance_tokens_mean": sum(len(s.response_ids) for s in samples) / len(samples),
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "learning_rate": stats.learning_rate,
+        "logprob_gap": stats.logprob_gap,
+        "entropy": stats.entropy,
+        "computed_tokens": stats.computed_tokens,
+        "logical_tokens": stats.logical_tokens,
+        "tokens_per_s": engine.generated_tokens / clock.total(),
+        "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
+    }

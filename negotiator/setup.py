@@ -1,0 +1,119 @@
+"""From a configuration to everything a run needs, checked in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from negotiator import checkpoint
+from negotiator.config import Config
+from negotiator.data import load_dilemmas, load_personas, split
+from negotiator.dialogue import AGENTS, Table
+from negotiator.engines.embedded import EmbeddedEngine
+from negotiator.judges import LocalJudge, make_judges
+from negotiator.learner import Learner
+from negotiator.models import (
+    choose_device,
+    choose_dtype,
+    count_parameters,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+)
+from negotiator.plan import Lengths, Plan, make_plan
+from negotiator.prompts.templates import Templates, stop_ids
+from negotiator.types import Dilemma, PersonaPair, Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A run that can start: configuration, data, wording and sizes fit together; no weights are loaded yet."""
+
+    config: Config
+    dilemmas: list[Dilemma]
+    pairs: list[PersonaPair]
+    tokenizer: PreTrainedTokenizerBase
+    templates: Templates
+    device: torch.device
+    dtype: torch.dtype
+    why_dtype: str
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the training loop works with."""
+
+    checked: Checked
+    table: Table
+    judge_engine: EmbeddedEngine | None
+    learner: Learner
+    steps_done: int
+
+
+def check(config: Config) -> Checked:
+    """Raises ValueError or OSError with one sentence for whatever the user has to change."""
+    dilemmas, _ = split(load_dilemmas(config.data.dilemmas), config.data.held_out)
+    pairs = load_personas(config.data.personas)
+    if not dilemmas:
+        raise ValueError("no dilemma is left to train on: lower data.held_out or give more dilemmas")
+    device = choose_device(config.model.device)
+    dtype, why_dtype = choose_dtype(config.model.dtype, device)
+    model_config = load_model_config(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    templates = Templates(tokenizer)
+    lengths = _longest_prompts(templates, dilemmas, pairs, _uses_local_judge(config))
+    plan = make_plan(config, model_config, count_parameters(model_config), lengths, device, dtype)
+    return Checked(config, dilemmas, pairs, tokenizer, templates, device, dtype, why_dtype, plan)
+
+
+def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
+    """Loads weights, engines and judges; from a checkpoint (steps done, path) where there is one."""
+    config = checked.config
+    steps_done, weights = resume_from or (0, Path(config.model.path))
+    model = load_model(weights, checked.device, checked.dtype)
+    learner = Learner(model, config.optimizer, config.loss, config.dialogue.temperature)
+    if resume_from:
+        checkpoint.load_trainer(weights, learner)
+    judge_engine = None
+    if _uses_local_judge(config):
+        judge_model = load_model(config.model.path, checked.device, checked.dtype).requires_grad_(False)
+        judge_engine = EmbeddedEngine(judge_model, config.engine)
+    local = LocalJudge(judge_engine, checked.templates, config.judge.agree_threshold) if judge_engine else None
+    agreement, reward = make_judges(config.judge, local)
+    table = Table(
+        engine=EmbeddedEngine(model, config.engine, version=steps_done),
+        tokenizer=checked.tokenizer,
+        templates=checked.templates,
+        stop_ids=stop_ids(checked.tokenizer, model.generation_config.eos_token_id),
+        agreement=agreement,
+        reward=reward,
+        config=config.dialogue,
+        seed=config.seed,
+    )
+    return Run(checked, table, judge_engine, learner, steps_done)
+
+
+def _uses_local_judge(config: Config) -> bool:
+    return "local" in (config.judge.agreement, config.judge.reward)
+
+
+def _longest_prompts(
+    templates: Templates, dilemmas: list[Dilemma], pairs: list[PersonaPair], local_judge: bool
+) -> Lengths:
+    """Tokenizes the longest dilemmas with the longest personas; length in characters finds them well enough."""
+    pair = max(pairs, key=lambda p: len(p.a.text) + len(p.b.text))
+    longest = sorted(dilemmas, key=lambda dilemma: len(dilemma.text))[-8:]
+    scenarios = [Scenario(0, dilemma, pair.a, pair.b, pair.id) for dilemma in longest]
+    return Lengths(
+        utterance_prompt=max(len(templates.utterance_prompt(s, a, [], "all")[0]) for s in scenarios for a in AGENTS),
+        completion_prompt=max(len(templates.completion_prompt(s, [])) for s in scenarios),
+        judge_prompt=max(
+            max(len(templates.agreement_prompt(s, [])), len(templates.score_prompt(s, ""))) for s in scenarios
+        )
+        if local_judge
+        else 0,
+    )

@@ -1,0 +1,279 @@
+"""The operators of negotiator_kernels against their references, and both against oracles written out here."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from negotiator_kernels import paged_attention, sample
+from negotiator_kernels.availability import backends, native_off_reason
+from negotiator_kernels.sampling import uniform
+
+BACKENDS = ["reference", "native"]
+
+
+def test_the_native_operators_are_built():
+    assert native_off_reason() is None
+    assert {backend.name: backend.on for backend in backends()}["native"]
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def starts(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(lengths).tolist()])
+
+
+def attention_case(segments, heads, kv_heads, dim, dtype, sharpness=1.0, seed=0):
+    """Arguments of paged_attention for segments of (queries, keys); slots that belong to no segment hold NaN."""
+    torch.manual_seed(seed)
+    queries, keys = starts([n for n, _ in segments]), starts([length for _, length in segments])
+    pool = int(keys[-1]) + 50
+    q = (sharpness * torch.randn(int(queries[-1]), heads, dim)).to(dtype)
+    slots = torch.randperm(pool)[: int(keys[-1])]
+    k, v = (torch.full((pool, kv_heads, dim), math.nan, dtype=dtype) for _ in range(2))
+    k[slots], v[slots] = (torch.randn(len(slots), kv_heads, dim).to(dtype) for _ in range(2))
+    return q, k, v, slots, keys, queries, dim**-0.5
+
+
+def attention_oracle(q, k_cache, v_cache, slots, slot_starts, query_starts, scale):
+    """One query and one head at a time, in fp64."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    group = q.shape[1] // k_cache.shape[1]
+    for s in range(len(query_starts) - 1):
+        own = slots[slot_starts[s] : slot_starts[s + 1]]
+        n = int(query_starts[s + 1] - query_starts[s])
+        for i in range(n):
+            seen = own[: len(own) - n + i + 1]
+            for head in range(q.shape[1]):
+                row = q[query_starts[s] + i, head].double()
+                scores = k_cache[seen, head // group].double() @ row * scale
+                out[query_starts[s] + i, head] = scores.softmax(0) @ v_cache[seen, head // group].double()
+    return out
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+MIXED = [(1, 130), (1, 1), (70, 161), (5, 5), (2, 49), (0, 3), (1, 48), (33, 33)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 40), (8, 1, 128), (2, 1, 7)])
+def test_attention_of_decoding_and_prefill_together(backend, dtype, heads, kv_heads, dim):
+    case = attention_case(MIXED, heads, kv_heads, dim, dtype)
+    # Plain torch has 2e-7 in fp32; a bf16 output cannot be closer than about 1.7e-3.
+    limit = 6e-7 if dtype == torch.float32 else 2.5e-3
+    assert relative_error(paged_attention(*case, backend=backend), attention_oracle(*case)) < limit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_with_peaked_scores_of_rising_size(backend):
+    """Each further block of keys holds the new maximum, so everything summed before is scaled down again."""
+    q, k, v, slots, *rest = attention_case([(1, 300), (40, 200)], 6, 2, 32, torch.float32, sharpness=6.0)
+    k[slots] += torch.linspace(-1, 1, len(slots))[:, None, None] * q.mean((0, 1)).sign()
+    case = (q, k, v, slots, *rest)
+    assert relative_error(paged_attention(*case, backend=backend), attention_oracle(*case)) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_reads_strided_queries_and_caches(backend):
+    q, k, v, *rest = attention_case([(1, 60), (20, 70)], 6, 2, 24, torch.float32)
+    fused = torch.cat([q, torch.full((len(q), 4, 24), math.nan)], 1)[:, :6]
+    interleaved = torch.stack([k, v], 1)
+    assert not fused.is_contiguous()
+    got = paged_attention(fused, interleaved[:, 0], interleaved[:, 1], *rest, backend=backend)
+    assert torch.equal(got, paged_attention(q, k, v, *rest, backend=backend))
+
+
+def test_attention_takes_32_bit_indices():
+    q, k, v, slots, keys, queries, scale = attention_case(MIXED, 2, 1, 16, torch.float32)
+    want = paged_attention(q, k, v, slots, keys, queries, scale)
+    assert torch.equal(paged_attention(q, k, v, slots.int(), keys.int(), queries.int(), scale), want)
+
+
+def test_a_segment_does_not_depend_on_the_others():
+    q, k, v, slots, keys, queries, scale = attention_case(MIXED, 9, 3, 64, torch.bfloat16)
+    together = paged_attention(q, k, v, slots, keys, queries, scale, backend="native")
+    for s, (n, length) in enumerate(MIXED):
+        own = slice(int(queries[s]), int(queries[s + 1]))
+        own_slots = slots[keys[s] : keys[s + 1]]
+        alone = paged_attention(q[own], k, v, own_slots, starts([length]), starts([n]), scale, backend="native")
+        assert torch.equal(alone, together[own])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_names_what_does_not_fit(backend):
+    q, k, v, slots, keys, queries, scale = attention_case([(1, 6), (2, 4)], 4, 2, 16, torch.float32)
+    for wrong, message in [
+        ((q[:, :3], k, v, slots, keys, queries), "3 query heads"),
+        ((q, k, v.bfloat16(), slots, keys, queries), "one dtype"),
+        ((q, k, v[:, :1], slots, keys, queries), "v_cache"),
+        ((q, k, v, slots.float(), keys, queries), "slots must be"),
+        ((q, k, v, slots, keys[:2], queries), "slot_starts and query_starts"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            paged_attention(*wrong, scale, backend=backend)
+    for slots_, keys_, queries_, message in [
+        (slots[:9], keys, queries, "slot_starts must rise from 0 to 9"),
+        (slots, keys, torch.tensor([0, 4, 3]), "query_starts must rise from 0 to 3"),
+        (slots, torch.tensor([0, 9, 10]), queries, "segment 1 has more queries than keys"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            paged_attention(q, k, v, slots_, keys_, queries_, scale, backend=backend)
+
+
+def test_native_attention_refuses_slots_outside_the_pool():
+    q, k, v, slots, keys, queries, scale = attention_case([(1, 6), (2, 4)], 4, 2, 16, torch.float32)
+    for outside in (slots - 60, slots + 60):
+        with pytest.raises(RuntimeError, match=r"slots must be in \[0, 60\)"):
+            paged_attention(q, k, v, outside, keys, queries, scale, backend="native")
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------
+
+
+def sampling_case(rows, vocabulary, spread, seed=0):
+    """Arguments of sample with every kind of temperature and top_p, greedy and untruncated rows among them."""
+    torch.manual_seed(seed)
+    temperature = torch.rand(rows) * 2
+    top_p = 1 - torch.rand(rows)
+    temperature[::7] = 0.0
+    top_p[::5] = 1.0
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,))
+    return spread * torch.randn(rows, vocabulary), temperature, top_p, seeds, torch.randint(0, 4096, (rows,))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(400, 1), (400, 2), (600, 37), (300, 1000), (8, 49152)])
+def test_native_sampling_equals_the_reference(rows, vocabulary, spread):
+    case = sampling_case(rows, vocabulary, spread)
+    ids, logprobs = sample(*case, backend="native")
+    want_ids, want_logprobs = sample(*case, backend="reference")
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-6, atol=1e-7)
+
+
+def test_native_sampling_equals_the_reference_with_ties_and_forbidden_tokens():
+    logits, *rest = sampling_case(600, 50, 1.5)
+    logits = logits.round()  # few distinct values: the nucleus ends within a run of equal logits
+    logits[torch.rand_like(logits) < 0.3] = -math.inf
+    got, want = (sample(logits, *rest, backend=backend) for backend in ("native", "reference"))
+    assert torch.equal(got[0], want[0])
+    assert logits.gather(1, got[0][:, None]).isfinite().all()
+
+
+def test_native_sampling_equals_the_reference_where_the_draw_is_close():
+    """Two tokens whose border lies within fp32 rounding of u: a relative error of 1e-12 in a weight changes an id."""
+    rows = 100_000
+    seeds, positions = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    u = uniform(seeds, positions)
+    logits = torch.stack([torch.zeros(rows), ((1 - u) / u).log().float()], 1)
+    case = (logits, torch.ones(rows), torch.ones(rows), seeds, positions)
+    ids, _ = sample(*case, backend="native")
+    assert torch.equal(ids, sample(*case, backend="reference")[0])
+    assert 0.4 < ids.double().mean() < 0.6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_takes_the_first_of_the_largest_at_temperature_1(backend):
+    logits = torch.tensor([[1.0, 3.0, 3.0, -2.0], [0.0, 0.0, 0.0, 0.0]])
+    zeros = torch.zeros(2, dtype=torch.int64)
+    ids, logprobs = sample(logits, torch.zeros(2), torch.full((2,), 0.5), zeros, zeros, backend=backend)
+    assert ids.tolist() == [1, 0]
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[:, 0].where(ids == 0, logits.log_softmax(-1)[:, 1]))
+
+
+def nucleus_oracle(logits: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of the whole softmax and of the renormalised nucleus, by definition."""
+    p = np.exp(logits.astype(np.float64) / temperature)
+    p /= p.sum()
+    nucleus = np.zeros_like(p)
+    for token in sorted(range(len(p)), key=lambda i: (-logits[i], i)):
+        if nucleus.sum() >= top_p:
+            break
+        nucleus[token] = p[token]
+    return p, nucleus / nucleus.sum()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.95), (1.5, 0.6), (0.3, 0.9)])
+def test_tokens_are_drawn_from_the_nucleus_in_proportion(backend, temperature, top_p):
+    draws = 20_000
+    logits = torch.tensor([0.3, -1.0, 2.0, 1.1, 0.9, -0.2, 1.1, -3.0, 0.0, 1.6])
+    p, nucleus = nucleus_oracle(logits.numpy(), temperature, top_p)
+    seeds, positions = torch.arange(draws) // 100, torch.arange(draws) % 100
+    ids, logprobs = sample(
+        logits.expand(draws, -1), torch.full((draws,), temperature), torch.full((draws,), top_p), seeds, positions,
+        backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(logprobs.double(), torch.from_numpy(np.log(p))[ids], rtol=1e-6, atol=1e-6)
+    counts = np.bincount(ids, minlength=len(p))
+    assert (counts > 0).tolist() == (nucleus > 0).tolist()
+    inside = nucleus > 0
+    chi_square = ((counts - draws * nucleus)[inside] ** 2 / (draws * nucleus[inside])).sum()
+    freedom = inside.sum() - 1
+    assert chi_square < freedom + 3 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("vocabulary", "top_p", "size"), [(4, 0.5, 2), (8, 0.75, 6), (8, 0.76, 7), (1024, 0.125, 128)])
+def test_a_nucleus_that_reaches_top_p_exactly_ends_there(backend, vocabulary, top_p, size):
+    """Equal logits have probabilities that add up without rounding; the lower index ranks higher."""
+    rows = 20 * size
+    ids, _ = sample(
+        torch.zeros(rows, vocabulary), torch.ones(rows), torch.full((rows,), top_p), torch.arange(rows),
+        torch.zeros(rows, dtype=torch.int64), backend=backend,
+    )  # fmt: skip
+    assert ids.unique().tolist() == list(range(size))
+
+
+def test_the_random_numbers_are_splitmix64_of_seed_and_position():
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    golden = 0x9E3779B97F4A7C15
+    for seed, position in [(0, 0), (1, 0), (0, 1), (-5, 3), (2**63 - 1, 4095)]:
+        want = (mix((mix((seed + golden) % 2**64) + (position + 1) * golden) % 2**64) >> 11) / 2**53
+        assert uniform(torch.tensor([seed]), torch.tensor([position])).item() == want
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(backend):
+    case = sampling_case(40, 500, 3.0)
+    before = case[0].clone()
+    ids, logprobs = sample(*case, backend=backend)
+    assert torch.equal(case[0], before)
+    for row in range(40):
+        alone = sample(*(argument[row : row + 1] for argument in case), backend=backend)
+        assert (alone[0].item(), alone[1].item()) == (ids[row].item(), logprobs[row].item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampling_names_what_does_not_fit(backend):
+    logits, temperature, top_p, seeds, positions = sampling_case(3, 10, 1.0)
+    for wrong, message in [
+        ((logits.double(), temperature, top_p, seeds, positions), "logits must be"),
+        ((logits, temperature[:2], top_p, seeds, positions), "temperature must be"),
+        ((logits, temperature, top_p.double(), seeds, positions), "top_p must be"),
+        ((logits, temperature, top_p, seeds.int(), positions), "seeds must be"),
+        ((logits, temperature, top_p, seeds, positions[None]), "positions must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample(*wrong, backend=backend)
+    for row, (name, value) in enumerate([("nan", math.nan), ("inf", math.inf), ("forbidden", -math.inf)]):
+        broken = logits.clone()
+        broken[row, slice(None) if name == "forbidden" else 4] = value
+        with pytest.raises(ValueError, match=f"row {row} cannot be sampled"):
+            sample(broken, temperature, top_p, seeds, positions, backend=backend)
+    for bad_temperature, bad_top_p in [(-1.0, 0.5), (1.0, 0.0), (1.0, 1.5), (math.nan, 0.5)]:
+        with pytest.raises(ValueError, match="row 0 cannot be sampled"):
+            sample(
+                logits[:1], torch.tensor([bad_temperature]), torch.tensor([bad_top_p]), seeds[:1], positions[:1],
+                backend=backend,
+            )  # fmt: skip
