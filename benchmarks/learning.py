@@ -3,9 +3,9 @@
     python -m benchmarks.learning                 the run of the README
     python -m benchmarks.learning --steps 10      a quick look
 
-The reward (`negotiator.judges.rewards:ends_with_question`) is 5 times the share of utterances that end with a question
-mark; agreement is taken for granted after one round. Everything else is the real job: real model, real dilemmas, the
-same command a user runs. The last line on stdout is JSON; the curve goes to `benchmarks/results/learning.csv`.
+The reward (`negotiator.judges.rewards:asks_a_question`) is 5 times the share of utterances that ask a question;
+agreement is taken for granted after one round. Everything else is the real job: real model, real dilemmas, the same
+command a user runs. The last line on stdout is JSON; the curve goes to `benchmarks/results/learning.csv`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import platform
 import statistics
 import sys
+from datetime import date
 from pathlib import Path
+
+import torch
 
 from negotiator import train
 
@@ -27,7 +31,7 @@ WINDOW = 5  # steps averaged at either end
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Trains on a programmatic reward and reports the reward's rise.")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default: 40)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: 60)")
     parser.add_argument("--name", default="learning", help="name of the run folder (default: learning)")
     arguments = parser.parse_args()
     if arguments.steps < 2 * WINDOW:
@@ -39,11 +43,13 @@ def main() -> int:
     lines = (Path("runs") / arguments.name / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    where = {"device": device, "torch": torch.__version__, "date": date.today().isoformat()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     with open(RESULT, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, [*COLUMNS, *where], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row | where for row in rows)
 
     rewards = [row["reward_mean"] for row in rows]
     print("\nmean reward (0 to 5)")

@@ -91,6 +91,6 @@ async def _speak(table: Table, dialogue: Dialogue, agent: Agent, seed: int) -> U
 
 
 def _text(table: Table, generation: Generation) -> str:
-    text = table.tokenizer.decode(list(generation.ids), skip_special_tokens=True)
+    text = table.tokenizer.decode(list(generation.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str), "one sequence of ids decodes to one string"
     return text.strip()

@@ -64,6 +64,10 @@ def load_model(path: Path | str, device: torch.device, dtype: torch.dtype) -> Pr
     _require_model(path)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     model.eval().to(device)
+    for parameter in model.parameters():
+        # Out of the file's memory map, whose alignment varies: matrix products round by alignment, and a resumed run
+        # must repeat an uninterrupted one bit for bit.
+        parameter.data = parameter.data.clone()
     return model
 
 

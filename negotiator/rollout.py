@@ -14,6 +14,7 @@ async def run(table: Table, step: int, scenarios: Sequence[Scenario], group_size
     for scenario in scenarios:
         for agent in AGENTS:
             await table.engine.warm(table.templates.prefix_ids(scenario, agent))
+        await table.engine.warm(table.templates.completion_prefix(scenario))
     groups = [
         [asyncio.create_task(negotiate(table, step, scenario, index)) for index in range(group_size)]
         for scenario in scenarios

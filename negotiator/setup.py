@@ -49,6 +49,7 @@ class Run:
 
     checked: Checked
     table: Table
+    judge: LocalJudge | None  # with its engine, where a judge is local
     judge_engine: EmbeddedEngine | None
     learner: Learner
     steps_done: int
@@ -58,8 +59,6 @@ def check(config: Config) -> Checked:
     """Raises ValueError or OSError with one sentence for whatever the user has to change."""
     dilemmas, _ = split(load_dilemmas(config.data.dilemmas), config.data.held_out)
     pairs = load_personas(config.data.personas)
-    if not dilemmas:
-        raise ValueError("no dilemma is left to train on: lower data.held_out or give more dilemmas")
     device = choose_device(config.model.device)
     dtype, why_dtype = choose_dtype(config.model.dtype, device)
     model_config = load_model_config(config.model.path)
@@ -73,17 +72,17 @@ def check(config: Config) -> Checked:
 def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
     """Loads weights, engines and judges; from a checkpoint (steps done, path) where there is one."""
     config = checked.config
+    judge_engine, judge = None, None
+    if _uses_local_judge(config):
+        judge_model = load_model(config.model.path, checked.device, checked.dtype).requires_grad_(False)
+        judge_engine = EmbeddedEngine(judge_model, config.engine)
+        judge = LocalJudge(judge_engine, checked.templates, config.judge.agree_threshold)
+    agreement, reward = make_judges(config.judge, judge)
     steps_done, weights = resume_from or (0, Path(config.model.path))
     model = load_model(weights, checked.device, checked.dtype)
     learner = Learner(model, config.optimizer, config.loss, config.dialogue.temperature)
     if resume_from:
         checkpoint.load_trainer(weights, learner)
-    judge_engine = None
-    if _uses_local_judge(config):
-        judge_model = load_model(config.model.path, checked.device, checked.dtype).requires_grad_(False)
-        judge_engine = EmbeddedEngine(judge_model, config.engine)
-    local = LocalJudge(judge_engine, checked.templates, config.judge.agree_threshold) if judge_engine else None
-    agreement, reward = make_judges(config.judge, local)
     table = Table(
         engine=EmbeddedEngine(model, config.engine, version=steps_done),
         tokenizer=checked.tokenizer,
@@ -94,7 +93,7 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
         config=config.dialogue,
         seed=config.seed,
     )
-    return Run(checked, table, judge_engine, learner, steps_done)
+    return Run(checked, table, judge, judge_engine, learner, steps_done)
 
 
 def _uses_local_judge(config: Config) -> bool:

@@ -47,13 +47,16 @@ from negotiator.types import DialogueGroup
 
 async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list[DialogueGroup]:
     """Runs the remaining steps and returns the dialogues of the last one."""
-    config, learner, table, judge = run.checked.config, run.learner, run.table, run.judge_engine
+    config, learner, table = run.checked.config, run.learner, run.table
     groups: list[DialogueGroup] = []
     for step in range(run.steps_done, config.steps):
         clock = Stopwatch()
-        engine_before, judge_before = table.engine.stats(), judge.stats() if judge else EngineStats()
+        engine_before, judge_before = engine_stats(run)
 
         progress.phase("negotiating")
+        if run.judge and run.judge_engine:
+            run.judge_engine.flush()  # a resumed run finds it empty, so an uninterrupted one must too
+            await run.judge.warm()
         scenarios = draw_scenarios(run.checked.dilemmas, run.checked.pairs, config.seed, step, config.rollout.scenarios)
         groups = await rollout.run(table, step, scenarios, config.rollout.group_size)
         spread = advantages.assign(groups)
@@ -73,19 +76,24 @@ async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list
         clock.lap("learn")
 
         await table.engine.update_weights(learner.model.named_parameters(), version=step + 1)
-        if judge:
-            judge.flush()  # a resumed run finds it empty, so an uninterrupted one must too
         clock.lap("sync")
 
-        engine_did = table.engine.stats().since(engine_before)
-        judge_did = judge.stats().since(judge_before) if judge else EngineStats()
+        engine_after, judge_after = engine_stats(run)
+        engine_did, judge_did = engine_after.since(engine_before), judge_after.since(judge_before)
         metrics = step_metrics(step + 1, groups, samples, spread, engine_did, judge_did, learned, clock)
         folder.log_step(metrics, groups)
         progress.step_done(metrics)
         if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
             progress.phase("saving")
             checkpoint.save(folder.checkpoints, step + 1, learner, run.checked.tokenizer, config.checkpoint.keep)
+    for used in (table.engine, table.agreement, table.reward):
+        await used.close()
     return groups
+
+
+def engine_stats(run: Run) -> tuple[EngineStats, EngineStats]:
+    """Totals of the policy's engine and of the local judge's."""
+    return run.table.engine.stats(), run.judge_engine.stats() if run.judge_engine else EngineStats()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -214,7 +214,7 @@ def test_what_a_plugin_raises_is_passed_on_with_its_name(plugin: Callable[[str],
 def test_example_rewards() -> None:
     rewards = "negotiator.judges.rewards"
     agreement_judge, reward_judge = make_judges(
-        JudgeConfig(agreement=f"{rewards}:after_a_round", reward=f"{rewards}:ends_with_question"), None
+        JudgeConfig(agreement=f"{rewards}:after_a_round", reward=f"{rewards}:asks_a_question"), None
     )
     asked = dialogue_of("Shall we?", "Yes.", "When? ", "Why? Because.", completion="c")
     assert asyncio.run(reward_judge.score(SCENARIO, asked)).score == 2.5
@@ -222,7 +222,5 @@ def test_example_rewards() -> None:
 
 
 def test_local_and_plugin_mix(local: LocalJudge) -> None:
-    agreement_judge, reward_judge = make_judges(
-        JudgeConfig(reward="negotiator.judges.rewards:ends_with_question"), local
-    )
+    agreement_judge, reward_judge = make_judges(JudgeConfig(reward="negotiator.judges.rewards:asks_a_question"), local)
     assert agreement_judge is local and isinstance(reward_judge, PluginJudge)

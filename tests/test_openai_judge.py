@@ -216,14 +216,15 @@ def test_what_cannot_pass_ends_the_run_without_showing_the_key(serve: Serve, sta
     assert len(endpoint.requests) == 1
 
 
-def test_requests_are_bounded(serve: Serve) -> None:
+def test_requests_are_bounded_and_the_wait_for_a_place_is_no_time_out(serve: Serve) -> None:
     def answer(n: int) -> Answer:
-        time.sleep(0.02)
+        time.sleep(0.2)
         return says('{"score": 3}')
 
     endpoint = serve(answer)
-    verdicts = ask(endpoint, lambda judge: asyncio.gather(*(score(judge) for _ in range(20))), concurrency=4)
-    assert [v.score for v in verdicts] == [3.0] * 20 and endpoint.most_at_once == 4
+    fields = {"concurrency": 2, "retries": 0, "timeout_s": 1.0}
+    verdicts = ask(endpoint, lambda judge: asyncio.gather(*(score(judge) for _ in range(14))), **fields)
+    assert [v.score for v in verdicts] == [3.0] * 14 and endpoint.most_at_once == 2
 
 
 def test_the_key_is_needed_except_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,9 @@ class LocalJudge:
         mass = await self._mass(prompt_ids, self._digits)
         return ScoreVerdict(sum(value * p for value, p in enumerate(mass)) / sum(mass))
 
+    async def close(self) -> None:
+        await self._engine.close()
+
     async def _mass(self, prompt_ids: Sequence[int], answers: Sequence[Sequence[int]]) -> list[float]:
         """Probability of each answer, over all its spellings, up to a common factor that keeps it from vanishing."""
         logprobs = await self._engine.next_logprobs(prompt_ids, [token for spellings in answers for token in spellings])

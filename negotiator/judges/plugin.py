@@ -40,6 +40,9 @@ class PluginJudge:
         answer = await self._call(scenario, dialogue)
         return ScoreVerdict(self._number(answer, 5, "must return a number from 0 to 5"))
 
+    async def close(self) -> None:
+        """The function is its author's; there is nothing to free."""
+
     async def _call(self, scenario: Scenario, dialogue: Dialogue) -> Any:
         try:
             answer = self._function(scenario, dialogue)

@@ -1,6 +1,6 @@
 """Plug-in judges that need no model, for demonstrations, tests and as examples of how to write one.
 
---judge.reward negotiator.judges.rewards:ends_with_question --judge.agreement negotiator.judges.rewards:after_a_round
+--judge.reward negotiator.judges.rewards:asks_a_question --judge.agreement negotiator.judges.rewards:after_a_round
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from negotiator.types import Dialogue, Scenario
 
 
-def ends_with_question(scenario: Scenario, dialogue: Dialogue) -> float:
-    """5 times the share of utterances that end with a question mark: something even a small model learns quickly."""
-    asked = sum(utterance.text.rstrip().endswith("?") for utterance in dialogue.utterances)
+def asks_a_question(scenario: Scenario, dialogue: Dialogue) -> float:
+    """5 times the share of utterances that ask something: even a small model learns that quickly."""
+    asked = sum("?" in utterance.text for utterance in dialogue.utterances)
     return 5.0 * asked / len(dialogue.utterances)
 
 

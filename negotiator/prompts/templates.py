@@ -66,6 +66,10 @@ class Templates:
         user = self._fill("complete_user", dilemma=scenario.dilemma.text, dialogue=spoken(scenario, texts))
         return self._ids(system, [user])
 
+    def completion_prefix(self, scenario: Scenario) -> tuple[int, ...]:
+        """What all completion prompts of the scenario begin with: personas and dilemma, up to the dialogue."""
+        return _shared([self.completion_prompt(scenario, [text]) for text in ("", _PROBE)])
+
     def agreement_prompt(self, scenario: Scenario, texts: Sequence[str]) -> tuple[int, ...]:
         """Asks the local judge for Yes or No: does the last speaker accept what the other said just before?
 

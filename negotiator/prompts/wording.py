@@ -42,7 +42,7 @@ def version(prompt: str) -> str:
 def spoken(scenario: Scenario, texts: Sequence[str]) -> str:
     """The whole dialogue under the personas' names, a line for each utterance, agent 1's first."""
     names = (scenario.agent1.name, scenario.agent2.name)
-    return "\n".join(f"{names[turn % 2]}: {text}" for turn, text in enumerate(texts))
+    return "\n".join(f"{names[turn % 2]}: {one_line(text)}" for turn, text in enumerate(texts))
 
 
 def one_line(text: str) -> str:
