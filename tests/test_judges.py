@@ -217,7 +217,7 @@ def test_example_rewards() -> None:
         JudgeConfig(agreement=f"{rewards}:after_a_round", reward=f"{rewards}:asks_a_question"), None
     )
     asked = dialogue_of("Shall we?", "Yes.", "When? ", "Why? Because.", completion="c")
-    assert asyncio.run(reward_judge.score(SCENARIO, asked)).score == 2.5
+    assert asyncio.run(reward_judge.score(SCENARIO, asked)).score == 3.75
     assert asyncio.run(agreement_judge.agreement(SCENARIO, asked)).agree
 
 

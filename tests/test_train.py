@@ -18,6 +18,9 @@ import yaml
 from helpers import SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from negotiator import train
+from negotiator.report.recorder import RunFolder
+
 ROOT = Path(__file__).parent.parent
 NOT_REPRODUCED = ("seconds", "tokens_per_s")  # they depend on the clock
 
@@ -153,7 +156,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_run(finished, config_file, t
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         arguments = ["--resume", folder]
-    if checkpoint_missing_steps(folder):
+    if not (folder / "checkpoints" / "step-5").exists():
         assert run(*arguments).returncode == 0
     whole, resumed = metrics(finished[0]), metrics(folder)
     for row in whole + resumed:
@@ -170,10 +173,6 @@ def _lines(folder: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def checkpoint_missing_steps(folder: Path) -> bool:
-    return not (folder / "checkpoints" / "step-5").exists()
-
-
 def test_dry_run_prints_the_plan_and_writes_nothing(config_file, tmp_path):
     result = run("--config", config_file, "--runs", tmp_path / "runs", "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -182,7 +181,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config_file, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(finished, config_file, tmp_path):
+def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(finished, config_file, tmp_path, capsys):
     bad_data = tmp_path / "bad.jsonl"
     bad_data.write_text('{"id": "a", "text": "What now?"}\n{"id": "b"}\n')
     runs = tmp_path / "runs"
@@ -200,17 +199,17 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(finished, con
         (["--config", config_file, "--runs", finished[0].parent, "--name", "whole"], "already holds a run"),
     ]
     for arguments, says in cases:
-        result = run(*arguments)
-        assert result.returncode == 2, (arguments, result.stderr)
-        assert says in result.stderr, (arguments, result.stderr)
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1
+        with pytest.raises(SystemExit) as caught:  # what `python -m` does with the exit code
+            sys.exit(train.main([str(argument) for argument in arguments]))
+        printed = capsys.readouterr().err
+        assert caught.value.code == 2, (arguments, printed)
+        assert says in printed, (arguments, printed)
+        assert printed.startswith("error: ")
+        assert printed.count("\n") == 1
     assert not runs.exists()
 
 
 def test_two_trainers_never_write_into_one_run(finished):
-    from negotiator.report.recorder import RunFolder
-
     held = RunFolder(finished[0])
     result = run("--resume", finished[0], "--steps", "6")
     assert result.returncode == 2
