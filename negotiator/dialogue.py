@@ -29,7 +29,7 @@ class Table:
     reward: RewardJudge
     config: DialogueConfig
     seed: int
-    on_utterance: Callable[[], None] = lambda: None
+    on_utterance: Callable[[], None] = lambda: None  # for a progress display
 
 
 async def negotiate(table: Table, step: int, scenario: Scenario, index: int) -> Dialogue:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -47,7 +48,8 @@ from negotiator.types import DialogueGroup
 
 async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list[DialogueGroup]:
     """Runs the remaining steps and returns the dialogues of the last one."""
-    config, learner, table = run.checked.config, run.learner, run.table
+    config, learner = run.checked.config, run.learner
+    table = dataclasses.replace(run.table, on_utterance=progress.utterance)
     groups: list[DialogueGroup] = []
     for step in range(run.steps_done, config.steps):
         clock = Stopwatch()

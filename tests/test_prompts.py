@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from helpers import SMOLLM2
@@ -13,10 +12,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from negotiator import prompts
 from negotiator.data import draw_scenarios, load_dilemmas, load_personas
 from negotiator.prompts.templates import Templates, stop_ids
-from negotiator.prompts.wording import fill, spoken, version
+from negotiator.prompts.wording import fill, spoken
 from negotiator.types import Agent, Dilemma, Persona, Scenario
 
 AGENTS: tuple[Agent, Agent] = ("agent1", "agent2")
@@ -244,9 +242,3 @@ def test_values_are_filled_in_as_they_are() -> None:
     assert fill("negotiate_system", name="$persona", persona="{name} $5") == "You are $persona. {name} $5"
     with pytest.raises(AssertionError, match=r"negotiate_system\.txt has places"):
         fill("negotiate_system", name="x")
-
-
-def test_every_prompt_has_a_version_that_follows_its_text() -> None:
-    files = sorted(Path(prompts.__file__).parent.glob("*.txt"))
-    versions = {version(file.stem) for file in files}
-    assert len(versions) == len(files) and all(re.fullmatch("[0-9a-f]{12}", v) for v in versions)

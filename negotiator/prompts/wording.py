@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -31,12 +30,6 @@ def fill(prompt: str, /, **values: str) -> str:
 def examples(prompt: str) -> list[tuple[str, str]]:
     """(question, answer) for each paragraph of `prompt`; the answer is the paragraph's last line."""
     return [(question, answer) for question, _, answer in (p.rpartition("\n") for p in _read(prompt).split("\n\n"))]
-
-
-@cache
-def version(prompt: str) -> str:
-    """Identifies the wording: changes whenever the text of `prompt` does. For cache keys and run records."""
-    return hashlib.sha256(_read(prompt).encode()).hexdigest()[:12]
 
 
 def spoken(scenario: Scenario, texts: Sequence[str]) -> str:

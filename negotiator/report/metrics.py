@@ -61,6 +61,8 @@ def step_metrics(
         "step": step,
         "reward_mean": spread.reward_mean,
         "reward_std": spread.reward_std,
+        "reward_min": spread.reward_min,
+        "reward_max": spread.reward_max,
         "agreement_rate": sum(d.state == "scored" for d in ended) / len(ended),
         "rounds_mean": sum(d.rounds for d in ended) / len(ended),
         "zero_variance_groups": spread.zero_variance_groups,

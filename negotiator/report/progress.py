@@ -28,6 +28,7 @@ class TrainingProgress:
         self._task = self._bar.add_task("train", total=steps, completed=done, phase="", eta="")
         self._steps, self._first = steps, done
         self._started = time.monotonic()
+        self._utterances = 0
         self._log_line = log_line
 
     @contextmanager
@@ -36,7 +37,13 @@ class TrainingProgress:
             yield self
 
     def phase(self, text: str) -> None:
+        self._utterances = 0
         self._bar.update(self._task, phase=text)
+
+    def utterance(self) -> None:
+        """One more is spoken in this step."""
+        self._utterances += 1
+        self._bar.update(self._task, phase=f"negotiating: {self._utterances} utterances")
 
     def line(self, text: str) -> None:
         self._bar.console.print(text, markup=False, soft_wrap=True)
