@@ -132,7 +132,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None, bo
     parser = OneSentenceParser(
         prog="python -m negotiator.train",
         description="Trains a language model to negotiate: self-play, LLM judges, GRPO on the dialogue tokens.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [--config FILE | --resume RUN] [--section.key VALUE ...] [--dry-run]",
     )
     parser.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="YAML file; presets are in configs/")
     parser.add_argument(

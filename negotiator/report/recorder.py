@@ -83,7 +83,7 @@ def _transcript(dialogue: Dialogue) -> dict[str, Any]:
             }
             for utterance in dialogue.utterances
         ],
-        "agreement": [verdict.probability for verdict in dialogue.verdicts],
+        "agreement": [None if verdict.failure else verdict.probability for verdict in dialogue.verdicts],
         "completion": dialogue.completion,
     }
 
