@@ -125,6 +125,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert len(dialogues) == 6
     trained = sum(len(u["ids"]) for d in dialogues for u in d["utterances"])
     assert trained == rows[2]["trained_tokens"]
+    # What step 3 says comes from the weights after two steps, the newest there are.
+    assert {u["weight_version"] for d in dialogues for u in d["utterances"]} == {2}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-4", "step-5"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["rollout"]["group_size"] == 3
     assert str(folder) in printed

@@ -77,6 +77,7 @@ def _transcript(dialogue: Dialogue) -> dict[str, Any]:
                 "text": utterance.text,
                 "prompt_tokens": len(utterance.prompt_ids),
                 "cached_tokens": utterance.generation.cached_tokens,
+                "weight_version": utterance.generation.weight_version,
                 "ids": utterance.generation.ids,
                 "logprobs": [round(logprob, 5) for logprob in utterance.generation.logprobs],
                 "finish_reason": utterance.generation.finish_reason,
