@@ -57,7 +57,7 @@ def config_file(tiny_model, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
     config = {
         "steps": 5,
-        "model": {"path": str(tiny_model)},
+        "model": {"path": str(tiny_model), "dtype": "fp32", "device": "cpu"},
         "dialogue": {"max_rounds": 2, "max_tokens": 12, "completion_max_tokens": 12},
         "rollout": {"scenarios": 2, "group_size": 3},
         "engine": {"cache_tokens": 4096},
