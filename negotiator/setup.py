@@ -44,13 +44,20 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalJudging:
+    """The judge that needs a model, and the engine that serves it: the frozen initial policy."""
+
+    judge: LocalJudge
+    engine: EmbeddedEngine
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """What the training loop works with."""
 
     checked: Checked
     table: Table
-    judge: LocalJudge | None  # with its engine, where a judge is local
-    judge_engine: EmbeddedEngine | None
+    local: LocalJudging | None  # None when no judge is local
     learner: Learner
     steps_done: int
 
@@ -72,12 +79,8 @@ def check(config: Config) -> Checked:
 def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
     """Loads weights, engines and judges; from a checkpoint (steps done, path) where there is one."""
     config = checked.config
-    judge_engine, judge = None, None
-    if _uses_local_judge(config):
-        judge_model = load_model(config.model.path, checked.device, checked.dtype).requires_grad_(False)
-        judge_engine = EmbeddedEngine(judge_model, config.engine)
-        judge = LocalJudge(judge_engine, checked.templates, config.judge.agree_threshold)
-    agreement, reward = make_judges(config.judge, judge)
+    local = _local_judging(checked) if _uses_local_judge(config) else None
+    agreement, reward = make_judges(config.judge, local.judge if local else None)
     steps_done, weights = resume_from or (0, Path(config.model.path))
     model = load_model(weights, checked.device, checked.dtype)
     learner = Learner(model, config.optimizer, config.loss, config.dialogue.temperature)
@@ -93,7 +96,14 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
         config=config.dialogue,
         seed=config.seed,
     )
-    return Run(checked, table, judge, judge_engine, learner, steps_done)
+    return Run(checked, table, local, learner, steps_done)
+
+
+def _local_judging(checked: Checked) -> LocalJudging:
+    config = checked.config
+    model = load_model(config.model.path, checked.device, checked.dtype).requires_grad_(False)
+    engine = EmbeddedEngine(model, config.engine)
+    return LocalJudging(LocalJudge(engine, checked.templates, config.judge.agree_threshold), engine)
 
 
 def _uses_local_judge(config: Config) -> bool:

@@ -56,9 +56,9 @@ async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list
         engine_before, judge_before = engine_stats(run)
 
         progress.phase("negotiating")
-        if run.judge and run.judge_engine:
-            run.judge_engine.flush()  # a resumed run finds it empty, so an uninterrupted one must too
-            await run.judge.warm()
+        if run.local:
+            run.local.engine.flush()  # a resumed run finds it empty, so an uninterrupted one must too
+            await run.local.judge.warm()
         scenarios = draw_scenarios(run.checked.dilemmas, run.checked.pairs, config.seed, step, config.rollout.scenarios)
         groups = await rollout.run(table, step, scenarios, config.rollout.group_size)
         spread = advantages.assign(groups)
@@ -95,7 +95,7 @@ async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list
 
 def engine_stats(run: Run) -> tuple[EngineStats, EngineStats]:
     """Totals of the policy's engine and of the local judge's."""
-    return run.table.engine.stats(), run.judge_engine.stats() if run.judge_engine else EngineStats()
+    return run.table.engine.stats(), run.local.engine.stats() if run.local else EngineStats()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from negotiator_kernels.reference import BackendResult, LossSpec, Rows, objective
 
-# Logits held at once. Every chunk reads and writes the whole weight gradient, so small ones are slow; large ones only
-# cost memory (H100, V = 151,936, D = 4,096, bf16: 256 MiB takes 1.5 times as long as 4 GiB, 1 GiB 1.06 times).
+# Logits held at once. Every chunk reads and writes the whole weight gradient, so small ones are slow; large ones gain
+# little for their memory (H100, V = 151,936, D = 4,096, bf16: 256 MiB takes 1.5 times as long as 4 GiB, 1 GiB 1.06).
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Rows normalised at once: on the CPU a block that stays in cache between its seven element-wise passes.
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}
