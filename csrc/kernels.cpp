@@ -4,6 +4,7 @@
 // Scores are kept with the keys as rows, [keys, R]: then neither K nor V is ever transposed, and the softmax runs down
 // the columns with no sum across the lanes of a vector.
 
+#include "exponentials_kernels.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -54,23 +55,6 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t 
   for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
     gemm_columns<2>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
   if (j < columns) gemm_columns<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
-}
-
-float widen(float x) { return x; }
-float widen(uint16_t x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float y;
-  memcpy(&y, &bits, sizeof y);
-  return y;
-}
-Float widen_vector(const float* x) { return load<Float>(x); }
-Float widen_vector(const uint16_t* x) { return (Float)(widen_integers(x) << 16); }
-
-void narrow(float x, float* to) { *to = x; }
-void narrow(float x, uint16_t* to) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;  // to nearest, ties to even
 }
 
 template <typename Scalar>
@@ -234,10 +218,43 @@ double exponentials(const float* x, int64_t n, double shift, double factor, doub
   return sum;
 }
 
+int64_t block_columns(int64_t depth, bool bf16) {
+  return bf16 ? exponential_columns<uint16_t>(depth) : exponential_columns<float>(depth);
+}
+
+int64_t packed_words(int64_t rows, int64_t depth, bool bf16) {
+  return rounded_up(rows, kStrip) * (bf16 ? words<uint16_t>(depth) : words<float>(depth));
+}
+
+int64_t block_words(int64_t columns, int64_t depth, bool bf16) {
+  return rounded_up(columns, kPanel) * ((bf16 ? words<uint16_t>(depth) : words<float>(depth)) + kStrip);
+}
+
+void pack_rows(const PackedRows& rows) { rows.bf16 ? pack_left<uint16_t>(rows) : pack_left<float>(rows); }
+
+void exponential_block(const ExponentialBlock& block) {
+  block.left.bf16 ? exponentials_of<uint16_t>(block) : exponentials_of<float>(block);
+}
+
+int64_t right_words(int64_t depth, int64_t columns, bool bf16) {
+  return (bf16 ? words<uint16_t>(depth) : words<float>(depth)) * rounded_up(columns, kPanel);
+}
+
+void pack_right(const PackedRight& right, int64_t panel) {
+  right.bf16 ? pack_panel<uint16_t>(right, panel) : pack_panel<float>(right, panel);
+}
+
+void product(const ProductBlock& block) { block.right.bf16 ? product_of<uint16_t>(block) : product_of<float>(block); }
+
+static_assert(kDepthBlock * kStrip <= negotiator::kProductScratch);
+
 }  // namespace
 
 namespace negotiator {
 
-const Kernels KERNELS = {KERNELS_NAME, attention_scratch, attention, maximum, exponentials};
+const Kernels KERNELS = {
+    KERNELS_NAME, attention_scratch, attention,         maximum, exponentials, block_columns, packed_words,
+    block_words,  pack_rows,         exponential_block, kPanel,  right_words,  pack_right,    product,
+};
 
 }  // namespace negotiator

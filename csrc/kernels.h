@@ -28,6 +28,50 @@ struct AttentionTile {
   float* scratch;  // attention_scratch() floats, aligned to 64 bytes
 };
 
+// The rows of the left operand of a product, repacked for it.
+struct PackedRows {
+  const void* from;  // [rows, depth]
+  int64_t stride;    // in elements
+  int64_t rows, depth;
+  bool bf16;         // else fp32, as are the weight and the exponentials
+  uint32_t* packed;  // packed_words() of them, aligned to 64 bytes
+};
+
+// Columns [0, columns) of exp(left . weight^T * inverse_temperature - anchor), and their sums a row.
+struct ExponentialBlock {
+  PackedRows left;
+  const void* weight;  // [columns, depth]
+  int64_t weight_stride, columns;
+  float inverse_temperature;
+  const float* anchors;  // [rows]
+  void* out;             // [rows, columns]
+  int64_t out_stride;
+  float *sums, *moments;  // [rows]
+  uint32_t* scratch;      // block_words() of them, aligned to 64 bytes
+};
+
+// A part of the right operand of a product, repacked for it.
+struct PackedRight {
+  const void* from;  // [depth, columns]
+  int64_t stride;    // in elements
+  int64_t depth, columns;
+  bool bf16;         // else fp32; the left operand's dtype too
+  uint32_t* packed;  // right_words() of them, aligned to 64 bytes
+};
+
+// out[rows, columns] += left[rows, depth] right[depth, columns].
+struct ProductBlock {
+  const void* left;
+  int64_t row_stride, depth_stride;  // in elements
+  int64_t rows;
+  PackedRight right;
+  float* out;
+  int64_t out_stride;
+  uint32_t* scratch;  // kProductScratch of them, aligned to 64 bytes
+};
+
+constexpr int64_t kProductScratch = 1024;
+
 struct Kernels {
   const char* name;
   int64_t (*attention_scratch)(int64_t rows, int64_t dim);
@@ -36,11 +80,23 @@ struct Kernels {
   float (*maximum)(const float* x, int64_t n);
   // weights[i] = exp((x[i] - shift) * factor), for arguments <= 0; returns their sum, NaN if any is NaN.
   double (*exponentials)(const float* x, int64_t n, double shift, double factor, double* weights);
+  // The columns that a block should have at most; words of memory that rows and blocks need.
+  int64_t (*block_columns)(int64_t depth, bool bf16);
+  int64_t (*packed_words)(int64_t rows, int64_t depth, bool bf16);
+  int64_t (*block_words)(int64_t columns, int64_t depth, bool bf16);
+  void (*pack_rows)(const PackedRows& rows);
+  void (*exponential_block)(const ExponentialBlock& block);
+  // Columns of a panel of the right operand; words that its repacked form needs.
+  int64_t panel_columns;
+  int64_t (*right_words)(int64_t depth, int64_t columns, bool bf16);
+  void (*pack_panel)(const PackedRight& right, int64_t panel);
+  void (*product)(const ProductBlock& block);
 };
 
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 
 const Kernels& kernels();
 

@@ -16,7 +16,9 @@ const Kernels& kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? kernels_avx512 : avx2 ? kernels_avx2 : kernels_baseline;
+    if (!avx2) return kernels_baseline;
+    if (!avx512) return kernels_avx2;
+    return __builtin_cpu_supports("avx512bf16") ? kernels_avx512bf16 : kernels_avx512;
   }();
   return best;
 #else
@@ -35,6 +37,13 @@ STABLE_TORCH_LIBRARY(negotiator_kernels, m) {
       "Tensor query_starts, float scale) -> Tensor");
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor seeds, Tensor positions) -> (Tensor, Tensor)");
+  m.def(
+      "exponentials(Tensor hidden, Tensor weight, Tensor anchors, float temperature, Tensor(a!) out) -> "
+      "(Tensor, Tensor)");
+  m.def("add_product(Tensor(a!) total, Tensor left, Tensor right) -> ()");
+  m.def(
+      "tile_exponentials(Tensor logits, Tensor anchors, float temperature, Tensor(a!) values, Tensor(b!) sums, "
+      "Tensor(c!) moments, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CompositeExplicitAutograd, m) {
@@ -44,4 +53,6 @@ STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&negotiator::paged_attention));
   m.impl("sample", TORCH_BOX(&negotiator::sample));
+  m.impl("exponentials", TORCH_BOX(&negotiator::exponentials));
+  m.impl("add_product", TORCH_BOX(&negotiator::add_product));
 }

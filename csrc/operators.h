@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -13,11 +14,15 @@ namespace negotiator {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Arguments and meaning: see negotiator_kernels/attention.py and sampling.py, whose names these are.
+// Arguments and meaning: see negotiator_kernels/attention.py, sampling.py and exponentials.py, whose names these are.
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
                        const Tensor& slot_starts, const Tensor& query_starts, double scale);
 std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_p,
                                   const Tensor& seeds, const Tensor& positions);
+
+std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weight, const Tensor& anchors,
+                                        double temperature, const Tensor& out);
+void add_product(const Tensor& total, const Tensor& left, const Tensor& right);
 
 inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);
@@ -28,5 +33,19 @@ inline void require_vector(const Tensor& x, const char* name, ScalarType dtype, 
           std::string(name) + " must be a contiguous CPU vector of " + std::to_string(size) + " " +
               (dtype == ScalarType::Long ? "int64" : "float32"));
 }
+
+// Uninitialised memory that starts on a cache line.
+class AlignedWords {
+ public:
+  explicit AlignedWords(int64_t words) : data_(static_cast<uint32_t*>(operator new(words * 4, kLine))) {}
+  AlignedWords(const AlignedWords&) = delete;
+  AlignedWords& operator=(const AlignedWords&) = delete;
+  ~AlignedWords() { operator delete(data_, kLine); }
+  uint32_t* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  uint32_t* data_;
+};
 
 }  // namespace negotiator

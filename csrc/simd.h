@@ -49,6 +49,23 @@ inline Uint widen_integers(const uint16_t* from) {
 #endif
 }
 
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+inline Float widen_vector(const float* x) { return load<Float>(x); }
+inline Float widen_vector(const uint16_t* x) { return (Float)(widen_integers(x) << 16); }
+
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, uint16_t* to) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;  // to nearest, ties to even
+}
+
 inline Float splat(float x) { return x - Float{}; }
 inline Float max(Float a, Float b) { return a > b ? a : b; }
 
@@ -68,6 +85,29 @@ inline Float exp2(Float x) {
   const Int exponent = ((Int)shifted - (Int)magic) << 23;
   const Float power = (Float)((Int)p + exponent);
   return x < -126.0f ? Float{} : (x == x ? power : x);
+}
+
+// e^x, relative error below 2e-7; exactly 0 below -87, infinity above 88.7. NaN stays NaN.
+inline Float exp(Float x) {
+  const Float magic = splat(12582912.0f), least = splat(-87.0f), most = splat(88.7f);
+  const Float below = x < most ? x : most;
+  const Float clamped = max(below, least);
+  const Float shifted = clamped * 1.44269504f + magic;
+  const Float n = shifted - magic;
+  // ln(2) in two parts: the first has so few bits that its product with n is exact.
+  const Float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  Float p = splat(1.9841270e-4f);  // 1 / k!, k = 7 .. 0
+  p = p * r + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Int exponent = ((Int)shifted - (Int)magic) << 23;
+  const Float power = (Float)((Int)p + exponent);
+  const Float finite = x < least ? Float{} : power;
+  return x > most ? splat(__builtin_inff()) : (x == x ? finite : x);
 }
 
 // e^x for x <= 0, within an ulp or two; exactly 0 below -708. NaN stays NaN.

@@ -6,17 +6,18 @@ Shapes: N rows (packed tokens), M of them trained, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from negotiator_kernels import chunked, reference
+from negotiator_kernels import fused, reference
+from negotiator_kernels.availability import native_cuda_off_reason, native_off_reason, triton_off_reason
 from negotiator_kernels.reference import BackendResult, Importance, LossSpec, LossType, Rows
 
-Backend = Literal["auto", "reference", "torch"]
+Backend = Literal["auto", "reference", "torch", "native", "triton", "triton_gemm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,10 @@ def grpo_loss(
             rows of a sequence in one call.
         denominator: see `default_denominator`, which it defaults to over this call's rows. An optimizer step of several
             calls (micro-batches, ranks) passes the same one, counted over the whole step, to each. At least 1 is used.
-        backend: `reference` holds all logits; `torch` a bounded chunk of them; `auto` is `torch`.
+        backend: `reference` holds all logits, the others a bounded chunk: `torch` is plain PyTorch, `native` the C++
+            and CUDA of `csrc/`, `triton` the vendor's matmul and Triton kernels around it, `triton_gemm` a Triton
+            matmul that takes the exponentials itself. `auto` is the first that can run: on a GPU of triton, native,
+            torch; elsewhere of native, torch.
 
     The dtype inside is at least fp32 and fp64 for fp64 inputs; gradients come back in the dtypes of the inputs.
     An empty mask gives loss 0 with zero gradients.
@@ -105,7 +109,6 @@ def grpo_loss(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value, or the backend cannot run.
     """
-    run = _backend(backend)
     _check_model(hidden, lm_head_weight, targets, mask, temperature)
     per_row = {
         "advantages": advantages,
@@ -164,7 +167,11 @@ def grpo_loss(
         importance_cap=importance_cap,
         denominator=default_denominator(loss_type, counts) if denominator is None else max(denominator, 1.0),
     )
-    result = run(hidden.index_select(0, trained), lm_head_weight, rows, spec)
+    x, kernels = hidden.index_select(0, trained), _kernels(backend, hidden)
+    if kernels is None:
+        result = reference.grpo_loss(x, lm_head_weight, rows, spec)
+    else:
+        result = fused.grpo_loss(x, lm_head_weight, rows, spec, kernels)
     return GRPOLoss(
         loss=result.loss,
         logprobs=_spread(result.logprobs, trained, len(mask)),
@@ -194,23 +201,58 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] of `targets` and entropies [N] in nats, NaN where `mask` is False; no gradient, bounded memory.
 
-    For old and reference log-probs: the very numbers `grpo_loss` computes. Arguments and errors as there.
+    For old and reference log-probs: the very numbers that `grpo_loss` computes with the backend `auto`. Arguments and
+    errors as there.
     """
     _check_model(hidden, lm_head_weight, targets, mask, temperature)
     trained = mask.nonzero().squeeze(1)
     _check_targets(targets, trained, lm_head_weight)
     x, y = hidden.detach().index_select(0, trained), targets.index_select(0, trained)
-    logprobs, entropy = chunked.token_logprobs(x, lm_head_weight.detach(), y, temperature)
+    kernels = _kernels("auto", hidden)
+    assert kernels is not None
+    logprobs, entropy = fused.token_logprobs(x, lm_head_weight.detach(), y, temperature, kernels)
     return _spread(logprobs, trained, len(mask)), _spread(entropy, trained, len(mask))
 
 
-def _backend(name: str) -> Callable[[Tensor, Tensor, Rows, LossSpec], BackendResult]:
-    """The one place where backends are chosen, and where one that cannot run says why."""
-    if name == "reference":
-        return reference.grpo_loss
-    if name in ("auto", "torch"):
-        return chunked.grpo_loss
-    raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {name!r}: no such backend is built")
+def off_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when `backend` can run on hidden states of this device and dtype, else why not."""
+    if backend in ("auto", "reference", "torch"):
+        return None
+    if dtype == torch.float64:
+        return "it computes in fp32; hidden is fp64"
+    if backend == "native" and device.type == "cpu":
+        return native_off_reason()
+    if device.type != "cuda":
+        return f"it runs on {'CPUs and ' if backend == 'native' else ''}CUDA devices; hidden is on {device}"
+    if backend == "native":
+        return native_cuda_off_reason()
+    if backend == "triton_gemm" and dtype != torch.bfloat16:
+        return f"it multiplies bf16; hidden is {dtype}"
+    if backend == "triton_gemm" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "it needs the copy engine of compute capability 9.0 or later"
+    return triton_off_reason()
+
+
+def _kernels(backend: str, hidden: Tensor) -> fused.Kernels | None:
+    """The one place where backends are chosen, and where one that cannot run says why. None is the reference."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
+    if backend == "auto":
+        order = ("triton", "native", "torch") if hidden.is_cuda else ("native", "torch")
+        backend = next(name for name in order if off_reason(name, hidden.device, hidden.dtype) is None)
+    elif (reason := off_reason(backend, hidden.device, hidden.dtype)) is not None:
+        raise ValueError(f"backend {backend} is off: {reason}")
+    if backend == "reference":
+        return None
+    if backend == "torch":
+        return fused.TORCH._replace(bf16=hidden.is_cuda)
+    if backend == "native":
+        from negotiator_kernels import native
+
+        return native.CUDA if hidden.is_cuda else native.CPU
+    from negotiator_kernels import triton_kernels
+
+    return triton_kernels.FUSED_GEMM if backend == "triton_gemm" else triton_kernels.VENDOR_GEMM
 
 
 def _spread(values: Tensor, trained: Tensor, total: int) -> Tensor:

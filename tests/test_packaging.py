@@ -36,9 +36,10 @@ def test_both_packages_import_from_another_folder(tmp_path):
 
 
 def test_the_table_of_backends(tmp_path):
-    lines = run(sys.executable, "-m", "negotiator_kernels", cwd=tmp_path).splitlines()
-    assert [line.split()[0] for line in lines] == ["native", "cuda", "triton"]
-    assert lines[0].split()[1] == "on"
+    lines = [line.split() for line in run(sys.executable, "-m", "negotiator_kernels", cwd=tmp_path).splitlines()]
+    assert [line[:2] for line in lines] == [["native", "cpu"], ["native", "cuda"], ["triton", "cuda"]]
+    assert lines[0][2] == "on"
+    assert all(line[2] == "on" or len(line) > 4 for line in lines)  # what is off says why
 
 
 def test_a_wheel_holds_native_code_data_and_prompts(tmp_path):

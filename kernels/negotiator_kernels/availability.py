@@ -14,6 +14,7 @@ import torch
 @dataclass(frozen=True, slots=True)
 class Backend:
     name: str
+    device: str  # type of the devices whose tensors it takes
     on: bool
     detail: str  # what it runs on, or why it is off
 
@@ -21,14 +22,14 @@ class Backend:
 def backends() -> list[Backend]:
     """Every backend that some operator has, apart from plain torch, which is always there."""
     return [
-        _backend("native", native_off_reason(), _instruction_set),
-        _backend("cuda", cuda_off_reason(), torch.cuda.get_device_name),
-        _backend("triton", triton_off_reason(), lambda: f"triton {importlib.metadata.version('triton')}"),
+        _backend("native", "cpu", native_off_reason(), _instruction_set),
+        _backend("native", "cuda", native_cuda_off_reason(), torch.cuda.get_device_name),
+        _backend("triton", "cuda", triton_off_reason(), _triton),
     ]
 
 
-def _backend(name: str, off_reason: str | None, describe: Callable[[], str]) -> Backend:
-    return Backend(name, off_reason is None, describe() if off_reason is None else off_reason)
+def _backend(name: str, device: str, off_reason: str | None, describe: Callable[[], str]) -> Backend:
+    return Backend(name, device, off_reason is None, describe() if off_reason is None else off_reason)
 
 
 @functools.cache
@@ -44,6 +45,15 @@ def native_off_reason() -> str | None:
     return None
 
 
+def native_cuda_off_reason() -> str | None:
+    """None when the GPU kernels of `csrc/` are loaded and there is a GPU, else the reason in one sentence."""
+    if (reason := native_off_reason()) is not None:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("negotiator_kernels::tile_exponentials", "CUDA"):
+        return "csrc/ was built without a CUDA compiler: install nvcc and build again"
+    return cuda_off_reason()
+
+
 def cuda_off_reason() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
@@ -51,7 +61,13 @@ def cuda_off_reason() -> str | None:
 
 
 def triton_off_reason() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed; it comes with CUDA builds of torch"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with CUDA builds of torch"
+    return cuda_off_reason()
+
+
+def _triton() -> str:
+    return f"triton {importlib.metadata.version('triton')}, {torch.cuda.get_device_name()}"
 
 
 def _instruction_set() -> str:

@@ -1,0 +1,121 @@
+// The exponentials of a tile of logits on a GPU. It is bound by memory: every logit is read once, 16 bytes at a time and
+// past the caches, every exponential is written once in the same way.
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+
+#include "operators.h"
+
+namespace negotiator {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPack = 8;  // columns of a thread and step: two 16-byte loads
+
+__device__ void store_pack(const float (&values)[kPack], float* to) {
+  __stcs(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
+  __stcs(reinterpret_cast<float4*>(to) + 1, make_float4(values[4], values[5], values[6], values[7]));
+}
+
+__device__ void store_pack(const float (&values)[kPack], __nv_bfloat16* to) {
+  union {
+    __nv_bfloat162 pairs[kPack / 2];
+    uint4 bits;
+  } packed;
+  for (int i = 0; i < kPack / 2; ++i) packed.pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+  __stcs(reinterpret_cast<uint4*>(to), packed.bits);
+}
+
+__device__ void store_one(float value, float* to) { *to = value; }
+__device__ void store_one(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
+
+// Adds up over the block, always in the same order; the result is valid in thread 0.
+__device__ float block_sum(float x) {
+  __shared__ float warps[kThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_down_sync(~0u, x, offset);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0;
+  for (float part : warps) sum += part;
+  return sum;
+}
+
+// A block a row. kAligned: every row of both matrices starts at a multiple of 16 bytes.
+template <typename Out, bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    exponentiate(const float* logits, const float* anchors, Out* values, float* sums, float* moments, int64_t columns,
+                 int64_t logits_stride, int64_t values_stride, float inverse_temperature) {
+  const int64_t row = blockIdx.x;
+  logits += row * logits_stride;
+  values += row * values_stride;
+  const float anchor = anchors[row];
+  float sum = 0, moment = 0;
+  const auto exponential = [&](float logit) {
+    const float log = logit * inverse_temperature - anchor;
+    const float value = __expf(log);
+    sum += value;
+    moment += value * fmaxf(log, -200.0f);  // so that 0 times -inf is 0
+    return value;
+  };
+
+  const int64_t whole = kAligned ? columns / kPack * kPack : 0;
+#pragma unroll 4
+  for (int64_t i = kPack * threadIdx.x; i < whole; i += kPack * kThreads) {
+    const float4 a = __ldcs(reinterpret_cast<const float4*>(logits + i));
+    const float4 b = __ldcs(reinterpret_cast<const float4*>(logits + i) + 1);
+    const float pack[kPack] = {exponential(a.x), exponential(a.y), exponential(a.z), exponential(a.w),
+                               exponential(b.x), exponential(b.y), exponential(b.z), exponential(b.w)};
+    store_pack(pack, values + i);
+  }
+  for (int64_t i = whole + threadIdx.x; i < columns; i += kThreads) store_one(exponential(logits[i]), values + i);
+
+  sum = block_sum(sum), moment = block_sum(moment);
+  if (threadIdx.x == 0) sums[row] += sum, moments[row] += moment;
+}
+
+template <typename Out>
+void launch(const Tensor& logits, const Tensor& anchors, const Tensor& values, const Tensor& sums,
+            const Tensor& moments, float inverse_temperature, cudaStream_t stream) {
+  const auto* from = static_cast<const float*>(logits.data_ptr());
+  auto* to = static_cast<Out*>(values.data_ptr());
+  const auto aligned = [](const void* data, int64_t row_bytes) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
+  };
+  const bool both = aligned(from, logits.stride(0) * sizeof *from) && aligned(to, values.stride(0) * sizeof *to);
+  const auto kernel = both ? exponentiate<Out, true> : exponentiate<Out, false>;
+  kernel<<<logits.size(0), kThreads, 0, stream>>>(
+      from, static_cast<const float*>(anchors.data_ptr()), to, static_cast<float*>(sums.data_ptr()),
+      static_cast<float*>(moments.data_ptr()), logits.size(1), logits.stride(0), values.stride(0), inverse_temperature);
+}
+
+void tile_exponentials(const Tensor& logits, const Tensor& anchors, double temperature, const Tensor& values,
+                       const Tensor& sums, const Tensor& moments, int64_t stream) {
+  require(logits.dim() == 2 && logits.scalar_type() == ScalarType::Float, "logits must be [rows, columns] float32");
+  const int64_t rows = logits.size(0);
+  require(values.dim() == 2 && values.size(0) == rows && values.size(1) == logits.size(1),
+          "values must have the shape of logits");
+  const bool bf16 = values.scalar_type() == ScalarType::BFloat16;
+  require(bf16 || values.scalar_type() == ScalarType::Float, "values must be float32 or bfloat16");
+  for (const auto& [x, name] : {std::pair{&logits, "logits"}, {&values, "values"}})
+    require(x->is_cuda() && (x->numel() == 0 || x->stride(1) == 1),
+            std::string(name) + " must be on the GPU with a contiguous last dimension");
+  for (const auto& [x, name] : {std::pair{&anchors, "anchors"}, {&sums, "sums"}, {&moments, "moments"}})
+    require(x->is_cuda() && x->dim() == 1 && x->size(0) == rows && x->scalar_type() == ScalarType::Float &&
+                x->is_contiguous(),
+            std::string(name) + " must be a contiguous GPU vector of a float32 a row");
+  if (rows == 0) return;
+  const auto run = bf16 ? launch<__nv_bfloat16> : launch<float>;
+  run(logits, anchors, values, sums, moments, static_cast<float>(1.0 / temperature),
+      reinterpret_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaGetLastError();
+  require(error == cudaSuccess, std::string("tile_exponentials: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace negotiator
+
+STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CUDA, m) {
+  m.impl("tile_exponentials", TORCH_BOX(&negotiator::tile_exponentials));
+}

@@ -1,0 +1,157 @@
+// Matrix products in registers, fp32 sums. Included by kernels.cpp, once per instruction set.
+//
+// Operands are packed into 32-bit words: one fp32 number, or where the processor multiplies them a pair of bf16 numbers
+// that follow each other along the depth. Left: strips, [word of the depth][kStrip rows]. Right: panels, [word of the
+// depth][kPanel columns], so that a vector holds columns and a word of the left side is broadcast.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using negotiator::PackedRight;
+using negotiator::ProductBlock;
+
+#if defined(__AVX512F__)
+constexpr int kStrip = 8, kVectors = 3;  // 24 of the 32 registers hold sums
+#else
+constexpr int kStrip = 6, kVectors = 2;  // 12 of 16
+#endif
+constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kDepthBlock = 128;  // words; of all columns, they stay in the second-level cache
+
+struct Fp32Words {
+  static constexpr int64_t kDepth = 1;  // numbers a word
+  static Float multiply_add(Float sum, uint32_t left, Float right) {
+    float x;
+    memcpy(&x, &left, sizeof x);
+    return sum + x * right;
+  }
+  // Word k of numbers that lie `step` apart; `depth` is how many they are.
+  template <typename Scalar>
+  static uint32_t word(const Scalar* from, int64_t step, int64_t k, int64_t) {
+    const float x = widen(from[k * step]);
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+  }
+};
+
+template <typename Scalar>
+struct WordsOf {
+  using Type = Fp32Words;  // bf16 is widened when it is packed
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Words {
+  static constexpr int64_t kDepth = 2;
+  static Float multiply_add(Float sum, uint32_t left, Float right) {
+    return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)left), (__m512bh)right);
+  }
+  static uint32_t word(const uint16_t* from, int64_t step, int64_t k, int64_t depth) {
+    return from[2 * k * step] | (2 * k + 1 < depth ? uint32_t{from[(2 * k + 1) * step]} << 16 : 0);
+  }
+};
+template <>
+struct WordsOf<uint16_t> {
+  using Type = Bf16Words;
+};
+#endif
+
+int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename Scalar>
+constexpr int64_t words(int64_t depth) {
+  constexpr int64_t kDepth = WordsOf<Scalar>::Type::kDepth;
+  return (depth + kDepth - 1) / kDepth;
+}
+
+// Packs n <= kWidth rows or columns, `stride` apart, whose numbers along the depth are `step` apart; the rest is 0.
+template <int64_t kWidth, typename Scalar>
+void pack(const Scalar* from, int64_t stride, int64_t step, int64_t n, int64_t depth, uint32_t* to) {
+  using Words = typename WordsOf<Scalar>::Type;
+  const int64_t count = words<Scalar>(depth);
+  if (n < kWidth) memset(to, 0, count * kWidth * sizeof *to);
+  if (stride == 1 && n == kWidth) {
+    const int64_t whole = depth / Words::kDepth;  // without a test on the depth the loop over the columns is vectors
+    for (int64_t k = 0; k < whole; ++k)
+      for (int64_t i = 0; i < kWidth; ++i)
+        to[k * kWidth + i] = Words::word(from + k * Words::kDepth * step + i, step, 0, Words::kDepth);
+    for (int64_t i = 0; i < kWidth && whole < count; ++i) to[whole * kWidth + i] = Words::word(from + i, step, whole, depth);
+    return;
+  }
+  constexpr int64_t kStep = 16;  // a cache line of each row at a time, so that what is written stays in the cache
+  for (int64_t start = 0; start < count; start += kStep) {
+    const int64_t end = start + kStep < count ? start + kStep : count;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = start; k < end; ++k) to[k * kWidth + i] = Words::word(from + i * stride, step, k, depth);
+  }
+}
+
+// out[kStrip, kPanel] (+)= one strip times one panel.
+template <typename Words, bool kAccumulate>
+void multiply(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride) {
+  Float sum[kStrip][kVectors] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    Float columns[kVectors];
+    for (int j = 0; j < kVectors; ++j) columns[j] = load<Float>(right + k * kPanel + j * kLanes);
+    for (int i = 0; i < kStrip; ++i)
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = Words::multiply_add(sum[i][j], left[k * kStrip + i], columns[j]);
+  }
+  for (int i = 0; i < kStrip; ++i)
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = out + i * stride + j * kLanes;
+      store(to, kAccumulate ? load<Float>(to) + sum[i][j] : sum[i][j]);
+    }
+}
+
+// One panel of `right`, all of its depth, in blocks of kDepthBlock words.
+template <typename Scalar>
+void pack_panel(const PackedRight& right, int64_t panel) {
+  constexpr int64_t kNumbers = kDepthBlock * WordsOf<Scalar>::Type::kDepth;
+  const int64_t first = panel * kPanel, n = right.columns - first < kPanel ? right.columns - first : kPanel;
+  const int64_t padded_columns = rounded_up(right.columns, kPanel);
+  for (int64_t k = 0; k < right.depth; k += kNumbers) {
+    const int64_t depth = right.depth - k < kNumbers ? right.depth - k : kNumbers, count = words<Scalar>(depth);
+    pack<kPanel>(static_cast<const Scalar*>(right.from) + k * right.stride + first, 1, right.stride, n, depth,
+                 right.packed + words<Scalar>(k) * padded_columns + first * count);
+  }
+}
+
+template <typename Words>
+void multiply_edge(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride, int64_t rows,
+                   int64_t columns) {
+  float tile[kStrip * kPanel];
+  multiply<Words, false>(count, left, right, tile, kPanel);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) out[i * stride + j] += tile[i * kPanel + j];
+}
+
+template <typename Scalar>
+void product_of(const ProductBlock& block) {
+  using Words = typename WordsOf<Scalar>::Type;
+  constexpr int64_t kNumbers = kDepthBlock * Words::kDepth;
+  const PackedRight& right = block.right;
+  const int64_t padded_columns = rounded_up(right.columns, kPanel);
+  const auto* left = static_cast<const Scalar*>(block.left);
+  for (int64_t k = 0; k < right.depth; k += kNumbers) {
+    const int64_t depth = right.depth - k < kNumbers ? right.depth - k : kNumbers, count = words<Scalar>(depth);
+    const uint32_t* packed = right.packed + words<Scalar>(k) * padded_columns;
+    for (int64_t i = 0; i < block.rows; i += kStrip) {
+      const int64_t rows = block.rows - i < kStrip ? block.rows - i : kStrip;
+      pack<kStrip>(left + i * block.row_stride + k * block.depth_stride, block.row_stride, block.depth_stride, rows,
+                   depth, block.scratch);
+      float* out = block.out + i * block.out_stride;
+      for (int64_t j = 0; j < right.columns; j += kPanel) {
+        const int64_t columns = right.columns - j < kPanel ? right.columns - j : kPanel;
+        if (rows == kStrip && columns == kPanel)
+          multiply<Words, true>(count, block.scratch, packed + j * count, out + j, block.out_stride);
+        else
+          multiply_edge<Words>(count, block.scratch, packed + j * count, out + j, block.out_stride, rows, columns);
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,26 @@
+"""Fixtures of several test files, and `--corrupt`: a kernel that is slightly wrong, which the tests have to notice."""
+
+from __future__ import annotations
+
+import pytest
+from corruption import CORRUPTIONS, corrupt
+
+from negotiator_kernels import exponentials, fused
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--corrupt", choices=sorted(CORRUPTIONS), help="run the tests with every loss kernel wrong so")
+
+
+@pytest.fixture(autouse=True)
+def corrupted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (name := request.config.getoption("--corrupt")) is not None:
+        corrupt(name, monkeypatch)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 5 rows and tiles of 40 columns at V = 101 in fp64, so that every test crosses their borders."""
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 5 * 101 * 8)
+    monkeypatch.setattr(exponentials, "TILE_STEP", 8)
+    monkeypatch.setitem(exponentials.TILE_BYTES, "cpu", 5 * 40 * 4)
