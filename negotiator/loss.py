@@ -228,8 +228,8 @@ def off_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
         return native_cuda_off_reason()
     if backend == "triton_gemm" and dtype != torch.bfloat16:
         return f"it multiplies bf16; hidden is {dtype}"
-    if backend == "triton_gemm" and torch.cuda.get_device_capability(device) < (9, 0):
-        return "it needs the copy engine of compute capability 9.0 or later"
+    if backend == "triton_gemm" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "it needs the copy engine and the shared memory of compute capability 9 or 10"
     return triton_off_reason()
 
 

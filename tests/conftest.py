@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from corruption import CORRUPTIONS, corrupt
 
 from negotiator_kernels import exponentials, fused
+
+
+def pytest_configure() -> None:
+    """Without a GPU Triton kernels are interpreted, which is decided when triton is imported."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -174,7 +174,7 @@ def test_no_tensor_grows_with_rows_times_vocabulary(monkeypatch: pytest.MonkeyPa
     for loss_type in LOSS_TYPES:
         with Watch():
             gradients({**args, "loss_type": loss_type, "entropy_coef": 0.1})
-    assert largest == 16 * 1003
+    assert largest == 16 * 1008  # rows start at multiples of 64 bytes
 
 
 # --- awkward inputs ---------------------------------------------------------------------------------------------------

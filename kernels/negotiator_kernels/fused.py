@@ -83,13 +83,19 @@ def _operand_dtype(dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and kernels.bf16 else torch.promote_types(dtype, torch.float32)
 
 
+def _rows_of(weight: Tensor, rows: int) -> Tensor:
+    """Memory for exponentials [rows, V], each row at a multiple of 64 bytes: GPUs move 16 bytes at a time."""
+    vocabulary, step = weight.shape[0], 64 // weight.itemsize
+    return weight.new_empty(rows, -(-vocabulary // step) * step)[:, :vocabulary]
+
+
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, kernels: Kernels) -> Iterator[_Chunk]:
     """`weight` is an operand already."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total, vocabulary = hidden.shape[0], weight.shape[0]
     limit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     count = -(-total // max(1, limit // (vocabulary * weight.itemsize)))
-    buffer = weight.new_empty(-(-total // max(count, 1)), vocabulary)
+    buffer = _rows_of(weight, -(-total // max(count, 1)))
     for i in range(count):
         at = slice(total * i // count, total * (i + 1) // count)
         x, y = hidden[at].to(weight.dtype), targets[at]
@@ -100,7 +106,7 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float,
         unsafe = (~(sums < LARGEST_SUM)).nonzero().squeeze(1)
         for index in unsafe.split(REPAIR_ROWS) if len(unsafe) else ():
             log_sums = torch.logsumexp(matmul(x[index], weight.T, dtype) / temperature, dim=1)
-            values_again = weight.new_empty(len(index), vocabulary)
+            values_again = _rows_of(weight, len(index))
             sums[index], moments[index] = kernels.exponentials(x[index], weight, log_sums, temperature, values_again)
             values[index] = values_again
             target_logs[index] = anchors[index] - log_sums

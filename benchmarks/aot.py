@@ -1,0 +1,198 @@
+"""Compiles the Triton kernels for Hopper on any machine, without a GPU, and reads in the machine code what they cost.
+
+    python -m benchmarks.aot            all variants
+    python -m benchmarks.aot gemm       those whose label contains "gemm"
+
+Per variant: registers a thread, bytes spilled, shared memory a block, and how often the instructions occur that tell a
+good kernel from a slow one: HGMMA (tensor cores, a warpgroup at a time), UTMALDG and UTMASTG (the copy engine), LDG and
+STG (device memory), those of them that move 16 bytes. Exits with 1 if a kernel spills or needs more shared memory than
+a block can have, which Triton itself finds out only at the launch. The last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from negotiator_kernels import triton_exponentials, triton_gemm, triton_objective
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = 232_448  # bytes a block, static and dynamic together
+INSTRUCTIONS = {
+    "HGMMA": r"HGMMA",
+    "UTMALDG": r"UTMALDG",
+    "UTMASTG": r"UTMASTG",
+    "LDG": r"\bLDG\.",
+    "LDG.128": r"\bLDG\.\S*\b128\b",
+    "STG": r"\bSTG\.",
+    "STG.128": r"\bSTG\.\S*\b128\b",
+}
+
+
+class Variant(NamedTuple):
+    """A kernel with what the launcher specialises it for."""
+
+    label: str
+    kernel: Any
+    arguments: dict[str, str]  # type by name; ":16" after it: an address or number that 16 divides
+    constants: dict[str, Any]  # constexprs, and None for the pointers that are not there
+    warps: int
+    stages: int = 1
+
+
+class Report(NamedTuple):
+    label: str
+    kernel: str
+    registers: int
+    spilled: int  # bytes stored to and loaded from local memory, each instruction counted once
+    shared: int  # bytes
+    instructions: dict[str, int]
+
+    @property
+    def fits(self) -> bool:
+        return self.spilled == 0 and self.shared <= SHARED_LIMIT
+
+
+def variants() -> list[Variant]:
+    """Every kernel that the package launches, in its hot variants."""
+    return [*_row_kernels(), *_gemms(), *_objectives()]
+
+
+def _row_kernels() -> list[Variant]:
+    constants = {"BLOCK": triton_exponentials.BLOCK}
+    found = []
+    for dtype, divides, label in (
+        ("bf16", ":16", "bf16"),
+        ("bf16", "", "bf16, odd vocabulary"),
+        ("fp32", ":16", "fp32"),
+    ):
+        tile = {
+            "logits": "*fp32:16", "anchors": "*fp32:16", "values": f"*{dtype}{divides}", "sums": "*fp32:16",
+            "moments": "*fp32:16", "columns": f"i32{divides}", "logits_stride": f"i32{divides}",
+            "values_stride": f"i32{divides}", "inverse_temperature": "fp32",
+        }  # fmt: skip
+        entropy = {
+            "values": f"*{dtype}{divides}", "alpha": "*fp32:16", "beta": "*fp32", "vocabulary": f"i32{divides}",
+            "values_stride": f"i32{divides}",
+        }  # fmt: skip
+        warps = triton_exponentials.WARPS
+        found += [
+            Variant(f"exponentials of a tile, {label}", triton_exponentials._tile_exponentials, tile, constants, warps),
+            Variant(f"entropy gradient, {label}", triton_exponentials._entropy_gradient, entropy, constants, warps),
+        ]
+    return found
+
+
+def _gemms() -> list[Variant]:
+    rows, columns, depth = triton_gemm.ROWS, triton_gemm.COLUMNS, triton_gemm.DEPTH
+    arguments = {
+        "hidden": f"tensordesc<bf16[{rows}, {depth}]>", "weight": f"tensordesc<bf16[{columns}, {depth}]>",
+        "anchors": "*fp32:16", "values": f"tensordesc<bf16[{rows}, {triton_gemm.HALF}]>", "parts": "*fp32:16",
+        "rows": "i32", "vocabulary": "i32:16", "inverse_temperature": "fp32",
+    }  # fmt: skip
+    return [
+        Variant(
+            f"exponentials as a gemm, D = {size:,}",
+            triton_gemm._gemm_exponentials,
+            arguments,
+            {"SIZE": size, "GROUP": triton_gemm.GROUP, "UPCAST": False},
+            triton_gemm.WARPS,
+            triton_gemm.STAGES,
+        )
+        for size in (576, 4096)
+    ]
+
+
+def _objectives() -> list[Variant]:
+    pointers = {
+        "logprobs": "*fp32", "advantages": "*fp32", "sampling_logprobs": "*fp32", "old_logprobs": "*fp32",
+        "ref_logprobs": "*fp32", "sequence": "*i64", "sequence_rows": "*i64", "out": "*fp32:16",
+    }  # fmt: skip
+    scalars = ("ratio_low", "ratio_high", "beta", "entropy_coef", "weight_low", "weight_high", "denominator")
+    arguments = pointers | {"count": "i32"} | dict.fromkeys(scalars, "fp32")
+    optional = ("sampling_logprobs", "old_logprobs", "ref_logprobs", "sequence", "sequence_rows")
+    return [
+        Variant(
+            f"objective gradient, {label}",
+            triton_objective._objective_gradient,
+            arguments,
+            {"CISPO": cispo, "TRUNCATE": truncate, "BLOCK": triton_objective.BLOCK, **dict.fromkeys(absent)},
+            triton_objective.WARPS,
+        )
+        for label, cispo, truncate, absent in (
+            ("dapo on-policy", False, False, optional),
+            ("grpo with everything", False, True, ()),
+            ("cispo, mask", True, False, optional[2:]),
+        )
+    ]
+
+
+def compile_variant(variant: Variant) -> Report:
+    types = variant.arguments | dict.fromkeys(variant.constants, "constexpr")
+    signature, multiples = {}, {}
+    for place, name in enumerate(variant.kernel.arg_names):
+        signature[name], _, divisor = types[name].partition(":")
+        if divisor == "16":
+            multiples[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, variant.constants, multiples)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        code = _run(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+    resources = {name: int(number) for name, number in re.findall(r"\b(REG|SHARED):(\d+)", usage)}
+    return Report(
+        variant.label,
+        variant.kernel.__name__,
+        resources["REG"],
+        sum(int(bits or 32) // 8 for bits in re.findall(r"\b(?:LDL|STL)(?:\.(?!LU)\S*?(64|128))?", code)),
+        resources["SHARED"] + compiled.metadata.shared,
+        {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()},
+    )
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compiles the Triton kernels for Hopper and reports what they cost.")
+    parser.add_argument("label", nargs="?", default="", help="only variants whose label contains this")
+    label = parser.parse_args().label
+    chosen = [variant for variant in variants() if label in variant.label]
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted, there is nothing to compile")
+    if not chosen:
+        parser.error("no variant has such a label")
+
+    width = max(len(variant.label) for variant in chosen)
+    columns = ("registers", "spilled", "shared", *INSTRUCTIONS)
+    print(f"triton {triton.__version__}, for sm_90a; at most {SHARED_LIMIT:,} bytes of shared memory\n")
+    print(" " * width, *(f"{name:>9}" for name in columns))
+    reports = []
+    for variant in chosen:
+        report = compile_variant(variant)
+        reports.append(report)
+        numbers = (report.registers, report.spilled, report.shared, *report.instructions.values())
+        cells = [f"{report.label:{width}}", *(f"{n:9,}" for n in numbers)]
+        print(*cells, *([] if report.fits else ["  DOES NOT FIT"]), flush=True)
+    fits = all(report.fits for report in reports)
+    print(json.dumps({"triton": triton.__version__, "fits": fits, "kernels": [r._asdict() for r in reports]}))
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
