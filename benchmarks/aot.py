@@ -91,7 +91,9 @@ def _row_kernels() -> list[Variant]:
             Variant(f"exponentials of a tile, {label}", triton_exponentials._tile_exponentials, tile, constants, warps),
             Variant(f"entropy gradient, {label}", triton_exponentials._entropy_gradient, entropy, constants, warps),
         ]
-    return found
+    sums_only = {name: type_ for name, type_ in tile.items() if name != "values"}
+    kernel, absent = triton_exponentials._tile_exponentials, {"values": None}
+    return [*found, Variant("sums of a tile", kernel, sums_only, constants | absent, triton_exponentials.WARPS)]
 
 
 def _gemms() -> list[Variant]:
@@ -101,16 +103,21 @@ def _gemms() -> list[Variant]:
         "anchors": "*fp32:16", "values": f"tensordesc<bf16[{rows}, {triton_gemm.HALF}]>", "parts": "*fp32:16",
         "rows": "i32", "vocabulary": "i32:16", "inverse_temperature": "fp32",
     }  # fmt: skip
+    sums_only = {name: type_ for name, type_ in arguments.items() if name != "values"}
     return [
         Variant(
-            f"exponentials as a gemm, D = {size:,}",
+            f"{label} as a gemm, D = {size:,}",
             triton_gemm._gemm_exponentials,
-            arguments,
-            {"SIZE": size, "GROUP": triton_gemm.GROUP, "UPCAST": False},
+            types,
+            {"SIZE": size, "GROUP": triton_gemm.GROUP, "UPCAST": False, **absent},
             triton_gemm.WARPS,
             triton_gemm.STAGES,
         )
-        for size in (576, 4096)
+        for label, size, types, absent in (
+            ("exponentials", 576, arguments, {}),
+            ("exponentials", 4096, arguments, {}),
+            ("sums", 4096, sums_only, {"values": None}),
+        )
     ]
 
 

@@ -9,14 +9,15 @@
 namespace negotiator {
 
 std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weight, const Tensor& anchors,
-                                        double temperature, const Tensor& out) {
+                                        double temperature, const std::optional<Tensor>& out) {
   const ScalarType dtype = hidden.scalar_type();
   require(hidden.dim() == 2, "hidden must be [rows, depth]");
   require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "hidden must be float32 or bfloat16");
   const int64_t rows = hidden.size(0), depth = hidden.size(1), vocabulary = weight.size(0);
   require(weight.dim() == 2 && weight.size(1) == depth, "weight must be [vocabulary, depth], depth as in hidden");
-  require(out.dim() == 2 && out.size(0) == rows && out.size(1) == vocabulary, "out must be [rows, vocabulary]");
-  for (const auto& [x, name] : {std::pair{&hidden, "hidden"}, {&weight, "weight"}, {&out, "out"}}) {
+  require(!out || (out->dim() == 2 && out->size(0) == rows && out->size(1) == vocabulary),
+          "out must be [rows, vocabulary]");
+  for (const auto& [x, name] : {std::pair{&hidden, "hidden"}, {&weight, "weight"}, {out ? &*out : &hidden, "out"}}) {
     require(x->scalar_type() == dtype, std::string(name) + " must have the dtype of hidden");
     require(x->is_cpu() && (x->numel() == 0 || x->stride(1) == 1),
             std::string(name) + " must be on the CPU with a contiguous last dimension");
@@ -34,9 +35,9 @@ std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weig
   const int64_t width = kernel.block_columns(depth, bf16), blocks = (vocabulary + width - 1) / width;
   std::vector<float> sums(blocks * rows), moments(blocks * rows);
   const auto* columns = static_cast<const char*>(weight.data_ptr());
-  auto* values = static_cast<char*>(out.data_ptr());
+  auto* values = out ? static_cast<char*>(out->data_ptr()) : nullptr;
   const float* anchor = anchors.const_data_ptr<float>();
-  const int64_t weight_stride = weight.stride(0), out_stride = out.stride(0);
+  const int64_t weight_stride = weight.stride(0), out_stride = out ? out->stride(0) : 0;
 
 #pragma omp parallel num_threads(torch::stable::get_num_threads()) if (blocks > 1)
   {
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weig
           .columns = std::min(width, vocabulary - first),
           .inverse_temperature = static_cast<float>(1.0 / temperature),
           .anchors = anchor,
-          .out = values + first * element,
+          .out = values == nullptr ? nullptr : values + first * element,
           .out_stride = out_stride,
           .sums = sums.data() + i * rows,
           .moments = moments.data() + i * rows,

@@ -42,8 +42,8 @@ __device__ float block_sum(float x) {
   return sum;
 }
 
-// A block a row. kAligned: every row of both matrices starts at a multiple of 16 bytes.
-template <typename Out, bool kAligned>
+// A block a row. kAligned: every row of both matrices starts at a multiple of 16 bytes. kStore: `values` is written.
+template <typename Out, bool kAligned, bool kStore>
 __global__ void __launch_bounds__(kThreads)
     exponentiate(const float* logits, const float* anchors, Out* values, float* sums, float* moments, int64_t columns,
                  int64_t logits_stride, int64_t values_stride, float inverse_temperature) {
@@ -67,38 +67,42 @@ __global__ void __launch_bounds__(kThreads)
     const float4 b = __ldcs(reinterpret_cast<const float4*>(logits + i) + 1);
     const float pack[kPack] = {exponential(a.x), exponential(a.y), exponential(a.z), exponential(a.w),
                                exponential(b.x), exponential(b.y), exponential(b.z), exponential(b.w)};
-    store_pack(pack, values + i);
+    if constexpr (kStore) store_pack(pack, values + i);
   }
-  for (int64_t i = whole + threadIdx.x; i < columns; i += kThreads) store_one(exponential(logits[i]), values + i);
+  for (int64_t i = whole + threadIdx.x; i < columns; i += kThreads) {
+    const float value = exponential(logits[i]);
+    if constexpr (kStore) store_one(value, values + i);
+  }
 
   sum = block_sum(sum), moment = block_sum(moment);
   if (threadIdx.x == 0) sums[row] += sum, moments[row] += moment;
 }
 
-template <typename Out>
+bool aligned(const Tensor& matrix, int64_t element) {
+  return reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0 && matrix.stride(0) * element % 16 == 0;
+}
+
+template <typename Out, bool kStore>
 void launch(const Tensor& logits, const Tensor& anchors, const Tensor& values, const Tensor& sums,
             const Tensor& moments, float inverse_temperature, cudaStream_t stream) {
-  const auto* from = static_cast<const float*>(logits.data_ptr());
-  auto* to = static_cast<Out*>(values.data_ptr());
-  const auto aligned = [](const void* data, int64_t row_bytes) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
-  };
-  const bool both = aligned(from, logits.stride(0) * sizeof *from) && aligned(to, values.stride(0) * sizeof *to);
-  const auto kernel = both ? exponentiate<Out, true> : exponentiate<Out, false>;
+  const bool both = aligned(logits, sizeof(float)) && aligned(values, sizeof(Out));
+  const auto kernel = both ? exponentiate<Out, true, kStore> : exponentiate<Out, false, kStore>;
   kernel<<<logits.size(0), kThreads, 0, stream>>>(
-      from, static_cast<const float*>(anchors.data_ptr()), to, static_cast<float*>(sums.data_ptr()),
+      static_cast<const float*>(logits.data_ptr()), static_cast<const float*>(anchors.data_ptr()),
+      static_cast<Out*>(values.data_ptr()), static_cast<float*>(sums.data_ptr()),
       static_cast<float*>(moments.data_ptr()), logits.size(1), logits.stride(0), values.stride(0), inverse_temperature);
 }
 
-void tile_exponentials(const Tensor& logits, const Tensor& anchors, double temperature, const Tensor& values,
-                       const Tensor& sums, const Tensor& moments, int64_t stream) {
+void tile_exponentials(const Tensor& logits, const Tensor& anchors, double temperature,
+                       const std::optional<Tensor>& values, const Tensor& sums, const Tensor& moments, int64_t stream) {
   require(logits.dim() == 2 && logits.scalar_type() == ScalarType::Float, "logits must be [rows, columns] float32");
   const int64_t rows = logits.size(0);
-  require(values.dim() == 2 && values.size(0) == rows && values.size(1) == logits.size(1),
+  const Tensor& out = values ? *values : logits;
+  require(out.dim() == 2 && out.size(0) == rows && out.size(1) == logits.size(1),
           "values must have the shape of logits");
-  const bool bf16 = values.scalar_type() == ScalarType::BFloat16;
-  require(bf16 || values.scalar_type() == ScalarType::Float, "values must be float32 or bfloat16");
-  for (const auto& [x, name] : {std::pair{&logits, "logits"}, {&values, "values"}})
+  const bool bf16 = out.scalar_type() == ScalarType::BFloat16;
+  require(bf16 || out.scalar_type() == ScalarType::Float, "values must be float32 or bfloat16");
+  for (const auto& [x, name] : {std::pair{&logits, "logits"}, {&out, "values"}})
     require(x->is_cuda() && (x->numel() == 0 || x->stride(1) == 1),
             std::string(name) + " must be on the GPU with a contiguous last dimension");
   for (const auto& [x, name] : {std::pair{&anchors, "anchors"}, {&sums, "sums"}, {&moments, "moments"}})
@@ -106,8 +110,8 @@ void tile_exponentials(const Tensor& logits, const Tensor& anchors, double tempe
                 x->is_contiguous(),
             std::string(name) + " must be a contiguous GPU vector of a float32 a row");
   if (rows == 0) return;
-  const auto run = bf16 ? launch<__nv_bfloat16> : launch<float>;
-  run(logits, anchors, values, sums, moments, static_cast<float>(1.0 / temperature),
+  const auto run = !values ? launch<float, false> : bf16 ? launch<__nv_bfloat16, true> : launch<float, true>;
+  run(logits, anchors, out, sums, moments, static_cast<float>(1.0 / temperature),
       reinterpret_cast<cudaStream_t>(stream));
   const cudaError_t error = cudaGetLastError();
   require(error == cudaSuccess, std::string("tile_exponentials: ") + cudaGetErrorString(error));

@@ -17,7 +17,7 @@ void narrow_vector(Float x, uint16_t* to) {
 }
 
 // One row of a block: logits -> exponentials, their sum and the sum of value times logarithm.
-template <typename Scalar>
+template <bool kStore, typename Scalar>
 void exponentiate(const float* logits, int64_t n, float inverse_temperature, float anchor, Scalar* out, float* sum,
                   float* moment) {
   Float sums{}, moments{};
@@ -25,7 +25,7 @@ void exponentiate(const float* logits, int64_t n, float inverse_temperature, flo
   for (; j + kLanes <= n; j += kLanes) {
     const Float logs = load<Float>(logits + j) * inverse_temperature - anchor;
     const Float values = exp(logs);
-    narrow_vector(values, out + j);
+    if (kStore) narrow_vector(values, out + j);
     sums += values;
     moments += values * max(logs, splat(-100.0f));  // so that 0 times -inf is 0
   }
@@ -33,7 +33,7 @@ void exponentiate(const float* logits, int64_t n, float inverse_temperature, flo
     Float rest = splat(-__builtin_inff());  // whose exponential is 0
     for (int64_t i = j; i < n; ++i) rest[i - j] = logits[i] * inverse_temperature - anchor;
     const Float values = exp(rest);
-    for (int64_t i = j; i < n; ++i) narrow(values[i - j], out + i);
+    for (int64_t i = j; kStore && i < n; ++i) narrow(values[i - j], out + i);
     sums += values;
     moments += values * max(rest, splat(-100.0f));
   }
@@ -56,7 +56,7 @@ void pack_left(const PackedRows& left) {
                  left.rows - first < kStrip ? left.rows - first : kStrip, left.depth, left.packed + first * count);
 }
 
-template <typename Scalar>
+template <bool kStore, typename Scalar>
 void exponentials_of(const ExponentialBlock& block) {
   const PackedRows& left = block.left;
   const int64_t count = words<Scalar>(left.depth), stride = rounded_up(block.columns, kPanel);
@@ -70,8 +70,9 @@ void exponentials_of(const ExponentialBlock& block) {
       multiply<typename WordsOf<Scalar>::Type, false>(count, left.packed + first * count, right + j * count, logits + j, stride);
     const int64_t last = left.rows - first < kStrip ? left.rows : first + kStrip;
     for (int64_t row = first; row < last; ++row)
-      exponentiate(logits + (row - first) * stride, block.columns, block.inverse_temperature, block.anchors[row],
-                   static_cast<Scalar*>(block.out) + row * block.out_stride, block.sums + row, block.moments + row);
+      exponentiate<kStore>(logits + (row - first) * stride, block.columns, block.inverse_temperature,
+                           block.anchors[row], static_cast<Scalar*>(block.out) + row * block.out_stride,
+                           block.sums + row, block.moments + row);
   }
 }
 

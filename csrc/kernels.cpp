@@ -233,7 +233,10 @@ int64_t block_words(int64_t columns, int64_t depth, bool bf16) {
 void pack_rows(const PackedRows& rows) { rows.bf16 ? pack_left<uint16_t>(rows) : pack_left<float>(rows); }
 
 void exponential_block(const ExponentialBlock& block) {
-  block.left.bf16 ? exponentials_of<uint16_t>(block) : exponentials_of<float>(block);
+  if (block.left.bf16)
+    block.out ? exponentials_of<true, uint16_t>(block) : exponentials_of<false, uint16_t>(block);
+  else
+    block.out ? exponentials_of<true, float>(block) : exponentials_of<false, float>(block);
 }
 
 int64_t right_words(int64_t depth, int64_t columns, bool bf16) {

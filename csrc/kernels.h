@@ -44,7 +44,7 @@ struct ExponentialBlock {
   int64_t weight_stride, columns;
   float inverse_temperature;
   const float* anchors;  // [rows]
-  void* out;             // [rows, columns]
+  void* out;             // [rows, columns], null if only the sums are wanted
   int64_t out_stride;
   float *sums, *moments;  // [rows]
   uint32_t* scratch;      // block_words() of them, aligned to 64 bytes

@@ -38,11 +38,11 @@ STABLE_TORCH_LIBRARY(negotiator_kernels, m) {
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor seeds, Tensor positions) -> (Tensor, Tensor)");
   m.def(
-      "exponentials(Tensor hidden, Tensor weight, Tensor anchors, float temperature, Tensor(a!) out) -> "
+      "exponentials(Tensor hidden, Tensor weight, Tensor anchors, float temperature, Tensor(a!)? out) -> "
       "(Tensor, Tensor)");
   m.def("add_product(Tensor(a!) total, Tensor left, Tensor right) -> ()");
   m.def(
-      "tile_exponentials(Tensor logits, Tensor anchors, float temperature, Tensor(a!) values, Tensor(b!) sums, "
+      "tile_exponentials(Tensor logits, Tensor anchors, float temperature, Tensor(a!)? values, Tensor(b!) sums, "
       "Tensor(c!) moments, int stream) -> ()");
 }
 

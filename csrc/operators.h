@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -21,7 +22,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
                                   const Tensor& seeds, const Tensor& positions);
 
 std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weight, const Tensor& anchors,
-                                        double temperature, const Tensor& out);
+                                        double temperature, const std::optional<Tensor>& out);
 void add_product(const Tensor& total, const Tensor& left, const Tensor& right);
 
 inline void require(bool condition, const std::string& message) {

@@ -15,11 +15,10 @@ def _exponentials(change: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[
     """`change` may alter values [C, V], sums [C] and moments [C] in place."""
 
     def wrap(kernels: Kernels) -> Kernels:
-        def wrong(
-            hidden: Tensor, weight: Tensor, anchors: Tensor, temperature: float, out: Tensor
-        ) -> tuple[Tensor, ...]:
-            sums, moments = kernels.exponentials(hidden, weight, anchors, temperature, out)
-            change(out, sums, moments)
+        def wrong(x: Tensor, w: Tensor, anchors: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, ...]:
+            values = x.new_empty(len(x), len(w)) if out is None else out
+            sums, moments = kernels.exponentials(x, w, anchors, temperature, values)
+            change(values, sums, moments)
             return sums, moments
 
         return kernels._replace(exponentials=wrong)

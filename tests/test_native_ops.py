@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from negotiator_kernels import paged_attention, sample
+from negotiator_kernels import exponentials, native, paged_attention, sample
 from negotiator_kernels.availability import backends, native_off_reason
 from negotiator_kernels.sampling import uniform
 
@@ -277,3 +277,77 @@ def test_sampling_names_what_does_not_fit(backend):
                 logits[:1], torch.tensor([bad_temperature]), torch.tensor([bad_top_p]), seeds[:1], positions[:1],
                 backend=backend,
             )  # fmt: skip
+
+
+# --- exponentials and products of the loss -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 5), (7, 16, 101), (50, 577, 1003), (13, 64, 16), (9, 128, 97)], ids=str)
+def test_native_exponentials(shape, dtype):
+    rows, depth, vocabulary = shape
+    torch.manual_seed(rows)
+    hidden, weight = (3 * torch.randn(rows, depth)).to(dtype), (torch.randn(vocabulary, depth) / depth**0.5).to(dtype)
+    anchors = torch.randn(rows) + 2
+    wide = torch.full((rows, vocabulary + 3), math.nan, dtype=dtype)
+    out, exact = wide[:, :vocabulary], torch.empty(rows, vocabulary, dtype=torch.float64)
+    sums, moments = native.exponentials(hidden, weight, anchors, 0.7, out)
+    expected = exponentials.exponentials(hidden.double(), weight.double(), anchors.double(), 0.7, exact)
+    assert relative_error(sums, expected[0]) < 1e-5
+    assert relative_error(moments, expected[1]) < 1e-5
+    assert relative_error(out, exact) < (1e-5 if dtype == torch.float32 else 3e-3)
+    assert wide[:, vocabulary:].isnan().all()
+    for value, same in zip((sums, moments), native.exponentials(hidden, weight, anchors, 0.7, None), strict=True):
+        assert torch.equal(value, same)
+
+
+def test_native_exponentials_from_minus_infinity_to_overflow():
+    anchors = torch.tensor([0.0, -80.0, -89.0, 86.0, 104.0, math.nan])
+    hidden, weight = torch.ones(6, 1), torch.tensor([[0.0], [-1e30], [-math.inf]])
+    out = torch.empty(6, 3)
+    sums, moments = native.exponentials(hidden, weight, anchors, 1.0, out)
+    assert out[0].tolist() == [1.0, 0.0, 0.0]
+    assert (sums[0], moments[0]) == (1.0, 0.0)
+    assert sums[1].item() == pytest.approx(math.exp(80), rel=1e-6)
+    assert moments[1].item() == pytest.approx(80 * math.exp(80), rel=1e-6)
+    assert sums[2] == math.inf
+    assert sums[3].item() == pytest.approx(math.exp(-86), rel=1e-6)
+    assert sums[4] == 0
+    assert sums[5].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 5), (7, 16, 101), (50, 577, 103), (100, 2500, 700), (13, 64, 16)], ids=str)
+def test_native_product_is_summed_in_fp32(shape, dtype):
+    rows, depth, columns = shape
+    torch.manual_seed(rows)
+    left, right = torch.randn(rows, depth).to(dtype), torch.randn(depth, columns).to(dtype)
+    total = torch.randn(rows, columns)
+    expected = total.double() + left.double() @ right.double()
+    for operand in (left, left.T.contiguous().T):
+        found = total.clone()
+        torch.ops.negotiator_kernels.add_product(found, operand, right)
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_native_operators_of_the_loss_check_their_arguments():
+    hidden, weight, anchors = torch.ones(2, 4), torch.ones(3, 4), torch.ones(2)
+    out = torch.ones(2, 3)
+    for name, arguments in (
+        ("hidden", (hidden.double(), weight, anchors, 1.0, out)),
+        ("weight", (hidden, weight[:, :3], anchors, 1.0, out)),
+        ("weight", (hidden, weight.bfloat16(), anchors, 1.0, out)),
+        ("anchors", (hidden, weight, anchors[:1], 1.0, out)),
+        ("out", (hidden, weight, anchors, 1.0, out.T)),
+        ("out", (hidden, weight, anchors, 1.0, torch.ones(3, 2).T)),
+    ):
+        with pytest.raises(RuntimeError, match=name):
+            native.exponentials(*arguments)
+    for name, arguments in (
+        ("total", (out.double(), hidden, weight.T.contiguous())),
+        ("right", (out, hidden, weight)),
+        ("right", (out, hidden, weight.T)),
+        ("right", (out, hidden, weight.T.contiguous().bfloat16())),
+    ):
+        with pytest.raises(RuntimeError, match=name):
+            torch.ops.negotiator_kernels.add_product(*arguments)

@@ -149,6 +149,14 @@ def test_logit_of_minus_infinity_counts_nothing(kernel):
 
 
 @both
+def test_sums_are_the_same_without_values(kernel):
+    hidden, weight, temperature, anchors = problem("peaked", 7, 16, 264, torch.bfloat16)
+    expected = kernel(hidden, weight, anchors, temperature, poisoned(7, 264, torch.bfloat16, 0))
+    found = kernel(hidden, weight, anchors, temperature, None)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@both
 def test_no_rows(kernel):
     hidden, weight, temperature, _ = problem("plain", 1, 16, 264, torch.bfloat16)
     found = kernel(hidden[:0], weight, torch.empty(0, device=DEVICE), temperature, poisoned(0, 264, torch.bfloat16, 0))

@@ -25,7 +25,7 @@ def tile_exponentials(
     logits: Tensor,  # [C, T] in the dtype of `anchors`; may be overwritten
     anchors: Tensor,  # [C]
     temperature: float,
-    values: Tensor,  # [C, T] filled with exp(logits / temperature - anchor)
+    values: Tensor | None,  # [C, T] filled with exp(logits / temperature - anchor), unless only the sums are wanted
     sums: Tensor,  # [C] added to: the sum of the unrounded values
     moments: Tensor,  # [C] added to: the sum of unrounded value times logarithm
 ) -> None:
@@ -36,7 +36,8 @@ def tile_exponentials(
     exact = logits.exp()
     sums += exact.sum(dim=1)
     moments += torch.linalg.vecdot(exact, logits)
-    values.copy_(exact)
+    if values is not None:
+        values.copy_(exact)
 
 
 def exponentials(
@@ -44,17 +45,17 @@ def exponentials(
     weight: Tensor,  # [V, D], dtype of `hidden`
     anchors: Tensor,  # [C] fp32, fp64 for fp64 operands
     temperature: float,
-    out: Tensor,  # [C, V] filled with exp(hidden . weight / temperature - anchor); its last dimension is contiguous
-    of_tile: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor], None] = tile_exponentials,
+    out: Tensor | None,  # [C, V] filled with exp(hidden . weight / temperature - anchor); last dimension contiguous
+    of_tile: Callable[[Tensor, Tensor, float, Tensor | None, Tensor, Tensor], None] = tile_exponentials,
 ) -> tuple[Tensor, Tensor]:  # [C], [C] in the dtype of `anchors`
-    """Fills `out`; returns each row's sum and its sum of value times logarithm, both before `out`'s rounding.
+    """Fills `out`, if any; returns each row's sum and its sum of value times logarithm, both before `out`'s rounding.
 
     Logits are in the dtype of `anchors`. An overflow shows as an infinite sum.
     """
     sums, moments = torch.zeros_like(anchors), torch.zeros_like(anchors)
-    for tile in tiles(out):
+    for tile in _tiles(hidden.shape[0], weight.shape[0], hidden.device):
         logits = matmul(hidden, weight[tile].T, anchors.dtype)
-        of_tile(logits, anchors, temperature, out[:, tile], sums, moments)
+        of_tile(logits, anchors, temperature, None if out is None else out[:, tile], sums, moments)
     return sums, moments
 
 
@@ -63,15 +64,14 @@ def entropy_gradient_(values: Tensor, alpha: Tensor, beta: Tensor) -> None:
 
     The entropy's share of a logit's gradient is proportional to p log p, which an exponential alone does not give.
     """
-    for tile in tiles(values):
+    for tile in _tiles(values.shape[0], values.shape[1], values.device):
         wide = values[:, tile].to(alpha.dtype)
         values[:, tile] = alpha[:, None] * wide + beta[:, None] * torch.special.xlogy(wide, wide)
 
 
-def tiles(matrix: Tensor) -> Iterator[slice]:
-    """Slices of the columns of [C, V], each of about TILE_BYTES of fp32."""
-    rows, columns = matrix.shape
-    limit = TILE_BYTES.get(matrix.device.type, TILE_BYTES["cuda"])
+def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the columns of [rows, columns], each of about TILE_BYTES of fp32."""
+    limit = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
     width = max(1, limit // (4 * rows * TILE_STEP)) * TILE_STEP if rows else columns
     return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
 

@@ -58,7 +58,7 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
 class Kernels(NamedTuple):
     """What differs between backends; the defaults are plain torch. Shapes and meaning: see the defaults."""
 
-    exponentials: Callable[[Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]] = exponentials
+    exponentials: Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]] = exponentials
     entropy_gradient_: Callable[[Tensor, Tensor, Tensor], None] = entropy_gradient_
     objective_gradient: Callable[[Tensor, Tensor, Rows, LossSpec], Tensor] = objective_gradient
     add_product: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] = add_product
@@ -71,7 +71,7 @@ TORCH = Kernels()
 class _Chunk(NamedTuple):
     at: slice  # its place in [M]
     hidden: Tensor  # [C, D], an operand
-    values: Tensor  # [C, V] exponentials in memory that the next chunk uses again
+    values: Tensor | None  # [C, V] exponentials in memory that the next chunk uses again, None if nobody needs them
     sums: Tensor  # [C]
     target_values: Tensor  # [C] the targets' exponentials, unrounded
     logprobs: Tensor  # [C]
@@ -89,26 +89,29 @@ def _rows_of(weight: Tensor, rows: int) -> Tensor:
     return weight.new_empty(rows, -(-vocabulary // step) * step)[:, :vocabulary]
 
 
-def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, kernels: Kernels) -> Iterator[_Chunk]:
+def _chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, kernels: Kernels, keep_values: bool
+) -> Iterator[_Chunk]:
     """`weight` is an operand already."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total, vocabulary = hidden.shape[0], weight.shape[0]
     limit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     count = -(-total // max(1, limit // (vocabulary * weight.itemsize)))
-    buffer = _rows_of(weight, -(-total // max(count, 1)))
+    buffer = _rows_of(weight, -(-total // max(count, 1))) if keep_values else None
     for i in range(count):
         at = slice(total * i // count, total * (i + 1) // count)
         x, y = hidden[at].to(weight.dtype), targets[at]
-        values = buffer[: len(x)]
+        values = None if buffer is None else buffer[: len(x)]
         anchors = torch.linalg.vecdot(x.to(dtype), weight[y].to(dtype)) / temperature
         sums, moments = kernels.exponentials(x, weight, anchors, temperature, values)
         target_logs = torch.zeros_like(anchors)
         unsafe = (~(sums < LARGEST_SUM)).nonzero().squeeze(1)
         for index in unsafe.split(REPAIR_ROWS) if len(unsafe) else ():
             log_sums = torch.logsumexp(matmul(x[index], weight.T, dtype) / temperature, dim=1)
-            values_again = _rows_of(weight, len(index))
-            sums[index], moments[index] = kernels.exponentials(x[index], weight, log_sums, temperature, values_again)
-            values[index] = values_again
+            better = None if values is None else _rows_of(weight, len(index))
+            sums[index], moments[index] = kernels.exponentials(x[index], weight, log_sums, temperature, better)
+            if values is not None and better is not None:
+                values[index] = better
             target_logs[index] = anchors[index] - log_sums
         log_sums = sums.log()
         yield _Chunk(at, x, values, sums, target_logs.exp(), target_logs - log_sums, log_sums - moments / sums)
@@ -119,6 +122,7 @@ def _without_idle_rows(chunk: _Chunk, active: Tensor) -> tuple[_Chunk, Tensor]:
 
     Exponentials are large, so only as many are moved as fill the gaps, within the chunk's own memory.
     """
+    assert chunk.values is not None
     kept = torch.arange(int(active.sum()), device=active.device)  # waits for the device, once a chunk
     if len(kept) == len(active):
         return chunk, kept
@@ -144,6 +148,7 @@ def _logit_gradient_(
 
     With p = values / S: d log p_y / d z_j = [j = y] - p_j and d H / d z_j = -p_j (log p_j + H).
     """
+    assert chunk.values is not None
     d_logprobs, d_entropy = gradient
     values, at_target = chunk.values, chunk.target_values
     if spec.entropy_coef == 0:
@@ -205,7 +210,7 @@ def token_logprobs(
     logprobs, entropy = (torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(2))
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.to(_operand_dtype(weight.dtype, kernels))
-        for chunk in _chunks(hidden, w, targets, temperature, kernels):
+        for chunk in _chunks(hidden, w, targets, temperature, kernels, keep_values=False):
             logprobs[chunk.at], entropy[chunk.at] = chunk.logprobs, chunk.entropy
     return logprobs, entropy
 
@@ -226,7 +231,7 @@ class _FusedLoss(torch.autograd.Function):
             w = weight.to(_operand_dtype(weight.dtype, kernels))
             by_sequence = spec.loss_type == "gspo"
             of_sequences = _sequence_gradient(hidden, w, rows, spec, kernels) if by_sequence else None
-            for chunk in _chunks(hidden, w, rows.targets, spec.temperature, kernels):
+            for chunk in _chunks(hidden, w, rows.targets, spec.temperature, kernels, keep_values=True):
                 at = chunk.at
                 logprobs[at], entropy[at] = chunk.logprobs, chunk.entropy
                 if of_sequences is None:

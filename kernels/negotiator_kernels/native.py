@@ -15,7 +15,7 @@ from negotiator_kernels.fused import Kernels
 
 
 def exponentials(
-    hidden: Tensor, weight: Tensor, anchors: Tensor, temperature: float, out: Tensor
+    hidden: Tensor, weight: Tensor, anchors: Tensor, temperature: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `negotiator_kernels.exponentials`; fp32 and bf16 operands."""
     if hidden.is_cuda:
@@ -25,7 +25,7 @@ def exponentials(
 
 
 def _tile_exponentials(
-    logits: Tensor, anchors: Tensor, temperature: float, values: Tensor, sums: Tensor, moments: Tensor
+    logits: Tensor, anchors: Tensor, temperature: float, values: Tensor | None, sums: Tensor, moments: Tensor
 ) -> None:
     with torch.cuda.device(logits.device):
         stream = torch.cuda.current_stream().cuda_stream

@@ -24,20 +24,21 @@ LOWEST = tl.constexpr(-200.0)
 
 
 def exponentials(
-    hidden: Tensor, weight: Tensor, anchors: Tensor, temperature: float, out: Tensor
+    hidden: Tensor, weight: Tensor, anchors: Tensor, temperature: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `negotiator_kernels.exponentials`; fp32 and bf16 operands."""
     return reference.exponentials(hidden, weight, anchors, temperature, out, tile_exponentials)
 
 
 def tile_exponentials(
-    logits: Tensor, anchors: Tensor, temperature: float, values: Tensor, sums: Tensor, moments: Tensor
+    logits: Tensor, anchors: Tensor, temperature: float, values: Tensor | None, sums: Tensor, moments: Tensor
 ) -> None:
     """See `negotiator_kernels.exponentials`; all but `values` fp32."""
     rows, columns = logits.shape
     if rows > 0:
         _tile_exponentials[(rows,)](
-            logits, anchors, values, sums, moments, columns, logits.stride(0), values.stride(0), 1 / temperature,
+            logits, anchors, values, sums, moments, columns, logits.stride(0),
+            0 if values is None else values.stride(0), 1 / temperature,
             BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
@@ -46,7 +47,7 @@ def tile_exponentials(
 def _tile_exponentials(
     logits,  # [C, T] fp32
     anchors,  # [C] fp32
-    values,  # [C, T] written
+    values,  # [C, T] written, None if only the sums are wanted
     sums,  # [C] fp32, added to
     moments,  # [C] fp32, added to
     columns,
@@ -58,7 +59,8 @@ def _tile_exponentials(
     row = tl.program_id(0).to(tl.int64)
     anchor = tl.load(anchors + row)
     logits += row * logits_stride
-    values += row * values_stride
+    if values is not None:
+        values += row * values_stride
     sum_ = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -68,7 +70,8 @@ def _tile_exponentials(
         logit = tl.load(logits + column, mask=inside, other=float("-inf"), eviction_policy="evict_first")
         log = logit * inverse_temperature - anchor
         value = tl.exp2(log * LOG2_E)
-        tl.store(values + column, value.to(values.dtype.element_ty), mask=inside, cache_modifier=".cs")
+        if values is not None:
+            tl.store(values + column, value.to(values.dtype.element_ty), mask=inside, cache_modifier=".cs")
         sum_ += value
         moment += value * tl.maximum(log, LOWEST)
     tl.store(sums + row, tl.load(sums + row) + tl.sum(sum_))

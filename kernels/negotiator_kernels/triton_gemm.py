@@ -23,18 +23,20 @@ GROUP = 32
 
 
 def exponentials(
-    hidden: Tensor, weight: Tensor, anchors: Tensor, temperature: float, out: Tensor
+    hidden: Tensor, weight: Tensor, anchors: Tensor, temperature: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `negotiator_kernels.exponentials`; bf16 on compute capability 9.0 or 10.0.
 
     Raises ValueError unless the rows of all three matrices are contiguous bf16 and start at multiples of 16 bytes.
     """
     for name, matrix in (("hidden", hidden), ("weight", weight), ("out", out)):
+        if matrix is None:
+            continue
         if matrix.dtype != torch.bfloat16:
             raise ValueError(f"{name} must be bf16, not {matrix.dtype}")
         if matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16:  # what the copy engine asks for
             raise ValueError(f"every row of {name} must be contiguous and start at a multiple of 16 bytes")
-    rows, vocabulary = out.shape
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
     row_tiles, vocabulary_tiles = triton.cdiv(rows, ROWS), triton.cdiv(vocabulary, COLUMNS)
     # Added up afterwards, so that a sum does not depend on which tile is finished first.
     parts = anchors.new_empty(2, vocabulary_tiles * 2, rows)
@@ -44,7 +46,7 @@ def exponentials(
             TensorDescriptor.from_tensor(hidden, [ROWS, DEPTH]),
             TensorDescriptor.from_tensor(weight, [COLUMNS, DEPTH]),
             anchors,
-            TensorDescriptor.from_tensor(out, [ROWS, HALF]),
+            None if out is None else TensorDescriptor.from_tensor(out, [ROWS, HALF]),
             parts,
             rows,
             vocabulary,
@@ -68,7 +70,7 @@ def _gemm_exponentials(
     hidden,  # descriptor of [C, D] bf16
     weight,  # descriptor of [V, D] bf16
     anchors,  # [C] fp32
-    values,  # descriptor of [C, V] bf16, written
+    values,  # descriptor of [C, V] bf16, written, None if only the sums are wanted
     parts,  # [2, halves of vocabulary tiles, C] fp32, written: sums and moments
     rows,
     vocabulary,
@@ -80,7 +82,7 @@ def _gemm_exponentials(
     ROWS: tl.constexpr = hidden.block_shape[0]
     DEPTH: tl.constexpr = hidden.block_shape[1]
     COLUMNS: tl.constexpr = weight.block_shape[0]
-    HALF: tl.constexpr = values.block_shape[1]
+    HALF: tl.constexpr = COLUMNS // 2
     row_tiles, vocabulary_tiles = tl.cdiv(rows, ROWS), tl.cdiv(vocabulary, COLUMNS)
     # Flattened, so that the loads of the next tile begin before the epilogue of this one.
     for tile in tl.range(tl.program_id(0), row_tiles * vocabulary_tiles, tl.num_programs(0), flatten=True):
@@ -126,4 +128,5 @@ def _epilogue(logits, anchors, values, part, moments, first_row, first_column, r
     counted = tl.where(column[None, :] < vocabulary, value, 0.0)
     tl.store(part + row, tl.sum(counted, 1), mask=row < rows)
     tl.store(part + moments + row, tl.sum(counted * tl.maximum(log, LOWEST), 1), mask=row < rows)
-    values.store([first_row, first_column], value.to(tl.bfloat16))
+    if values is not None:
+        values.store([first_row, first_column], value.to(tl.bfloat16))
