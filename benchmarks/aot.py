@@ -1,4 +1,6 @@
-"""Compiles the Triton kernels for Hopper on any machine, without a GPU, and reads in the machine code what they cost.
+"""What the GPU kernels cost on Hopper, read in their machine code on any machine, without a GPU.
+
+Triton's are compiled here; those of `csrc/` have been, if there was a CUDA compiler when it was built.
 
     python -m benchmarks.aot            all variants
     python -m benchmarks.aot gemm       those whose label contains "gemm"
@@ -12,6 +14,8 @@ a block can have, which Triton itself finds out only at the launch. The last lin
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -26,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from negotiator_kernels import triton_exponentials, triton_gemm, triton_objective
+from negotiator_kernels.availability import native_has_cuda, native_off_reason
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 232_448  # bytes a block, static and dynamic together
@@ -160,13 +165,40 @@ def compile_variant(variant: Variant) -> Report:
         cubin.write_bytes(compiled.asm["cubin"])
         code = _run(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
         usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+    return _report(variant.label, variant.kernel.__name__, usage, code, compiled.metadata.shared)
+
+
+def native_reports() -> list[Report]:
+    """The kernels in `csrc/`'s library; none where it was built without a CUDA compiler."""
+    if native_off_reason() is not None or not native_has_cuda():
+        return []
+    spec = importlib.util.find_spec("negotiator_kernels._C")
+    assert spec is not None and spec.origin is not None
+    command = (knobs.nvidia.cuobjdump.path, "-arch", "sm_90a")
+    usages = re.split(r"Function (\S+):", _run(*command, "-res-usage", spec.origin))
+    codes = re.split(r"Function : (\S+)", _run(*command, "-sass", spec.origin))
+    code_of = dict(zip(codes[1::2], codes[2::2], strict=True))
+    return [
+        _report(f"csrc, {_template_of(name)}", "exponentiate", usage, code_of[name], dynamic_shared=0)
+        for name, usage in zip(usages[1::2], usages[2::2], strict=True)
+    ]
+
+
+def _template_of(mangled: str) -> str:
+    arguments = re.search(r"exponentiateI(f|13__nv_bfloat16)Lb([01])ELb([01])E", mangled)
+    assert arguments is not None, mangled
+    dtype, aligned, store = arguments.groups()
+    return f"{'fp32' if dtype == 'f' else 'bf16'}{'' if aligned == '1' else ', odd'}{'' if store == '1' else ', sums'}"
+
+
+def _report(label: str, kernel: str, usage: str, code: str, dynamic_shared: int) -> Report:
     resources = {name: int(number) for name, number in re.findall(r"\b(REG|SHARED):(\d+)", usage)}
     return Report(
-        variant.label,
-        variant.kernel.__name__,
+        label,
+        kernel,
         resources["REG"],
         sum(int(bits or 32) // 8 for bits in re.findall(r"\b(?:LDL|STL)(?:\.(?!LU)\S*?(64|128))?", code)),
-        resources["SHARED"] + compiled.metadata.shared,
+        resources["SHARED"] + dynamic_shared,
         {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()},
     )
 
@@ -179,19 +211,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compiles the Triton kernels for Hopper and reports what they cost.")
     parser.add_argument("label", nargs="?", default="", help="only variants whose label contains this")
     label = parser.parse_args().label
-    chosen = [variant for variant in variants() if label in variant.label]
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, there is nothing to compile")
-    if not chosen:
+    chosen = [variant for variant in variants() if label in variant.label]
+    native = [report for report in native_reports() if label in report.label]
+    if not chosen and not native:
         parser.error("no variant has such a label")
 
-    width = max(len(variant.label) for variant in chosen)
+    width = max(len(one.label) for one in (*chosen, *native))
     columns = ("registers", "spilled", "shared", *INSTRUCTIONS)
     print(f"triton {triton.__version__}, for sm_90a; at most {SHARED_LIMIT:,} bytes of shared memory\n")
     print(" " * width, *(f"{name:>9}" for name in columns))
     reports = []
-    for variant in chosen:
-        report = compile_variant(variant)
+    for report in itertools.chain(map(compile_variant, chosen), native):
         reports.append(report)
         numbers = (report.registers, report.spilled, report.shared, *report.instructions.values())
         cells = [f"{report.label:{width}}", *(f"{n:9,}" for n in numbers)]

@@ -49,9 +49,14 @@ def native_cuda_off_reason() -> str | None:
     """None when the GPU kernels of `csrc/` are loaded and there is a GPU, else the reason in one sentence."""
     if (reason := native_off_reason()) is not None:
         return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("negotiator_kernels::tile_exponentials", "CUDA"):
+    if not native_has_cuda():
         return "csrc/ was built without a CUDA compiler: install nvcc and build again"
     return cuda_off_reason()
+
+
+def native_has_cuda() -> bool:
+    """Whether `csrc/`, which is loaded, was built with its GPU kernels; they need no GPU to be there."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("negotiator_kernels::tile_exponentials", "CUDA")
 
 
 def cuda_off_reason() -> str | None:
