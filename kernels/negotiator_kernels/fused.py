@@ -186,7 +186,8 @@ def _add_weight_gradient(
     scaled = exact.to(hidden.dtype)
     total = kernels.add_product(total, of_logits.values.T, scaled, dtype)
     if hidden.dtype != dtype:
-        lost = of_logits.at_target[:, None] * exact - of_logits.values.gather(1, targets[:, None]) * scaled
+        rounded = of_logits.values.gather(1, targets[:, None]).to(dtype)
+        lost = of_logits.at_target[:, None] * exact - rounded * scaled
         total.index_put_((targets,), lost, accumulate=True)
     return total
 
