@@ -89,6 +89,6 @@ def test_loss_is_near_fp64(loss_type, backend):
 
     expected, logprobs = gradients("cpu", torch.float64, "reference")
     found, found_logprobs = gradients(CUDA, torch.bfloat16, backend)
-    assert (found - expected).norm() / expected.norm() < 3e-3
+    assert (found - expected).norm() / expected.norm() < 2.6e-3
     trained = arguments["mask"]
     assert (found_logprobs - logprobs)[trained].abs().max() < 1e-4

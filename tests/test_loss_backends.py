@@ -81,11 +81,9 @@ def test_no_worse_than_plain_torch_in_the_same_dtype(
     if backend == "native in bf16":  # the path of processors that multiply bf16
         backend = "native"
         monkeypatch.setattr(native, "CPU", native.CPU._replace(bf16=True))
-        if (
-            dtype == torch.bfloat16
-        ):  # exponentials and scaled hidden states are rounded too, for an entropy bonus twice;
-            # what is rounded weighs most where one wrong token has all the probability, as in the peaked problem
-            bound = 3e-3 if entropy_coef else 2.7e-3 if scale > 1 else 2.5e-3
+        if dtype == torch.bfloat16 and scale > 1:
+            # What else is rounded weighs most where one wrong token has all probability; an entropy bonus rounds twice.
+            bound = 2.6e-3 if entropy_coef else 2.4e-3
     monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 50 * v * 4)
     args: dict[str, Any] = cast(problem(n=300, d=64, v=v, scale=scale), dtype)
     args |= {"temperature": 0.8, "entropy_coef": entropy_coef}
