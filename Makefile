@@ -10,6 +10,9 @@ MODEL := models/SmolLM2-135M-Instruct
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# torch for CPUs comes without Triton; the tests interpret its kernels and compile them for a GPU that is not there.
+TRITON := triton==3.6.0
+
 DEPENDENCIES := .venv/dependencies.stamp
 PACKAGE := .venv/package.stamp
 
@@ -36,6 +39,8 @@ $(DEPENDENCIES): requirements.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing the dependencies; the first time takes some minutes"
 	.venv/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	@.venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' || \
+		.venv/bin/python -m pip install --quiet --no-deps $(TRITON)
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 

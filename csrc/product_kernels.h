@@ -106,6 +106,16 @@ void multiply(int64_t count, const uint32_t* left, const uint32_t* right, float*
     }
 }
 
+// out[kStrip, kPanel] = one strip times one panel. Sums of many terms, one after the other, lose digits; sums of sums lose
+// fewer.
+template <typename Words>
+void multiply_in_parts(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride) {
+  constexpr int64_t kPart = 256;  // words
+  multiply<Words, false>(count < kPart ? count : kPart, left, right, out, stride);
+  for (int64_t k = kPart; k < count; k += kPart)
+    multiply<Words, true>(count - k < kPart ? count - k : kPart, left + k * kStrip, right + k * kPanel, out, stride);
+}
+
 // One panel of `right`, all of its depth, in blocks of kDepthBlock words.
 template <typename Scalar>
 void pack_panel(const PackedRight& right, int64_t panel) {

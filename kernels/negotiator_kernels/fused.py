@@ -260,10 +260,15 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # What a backward pass through a graph that is freed leaves behind belongs to nobody else.
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+
         def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if gradient is None:
                 return None
-            return torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
+            if keep or gradient.dtype != dtype:
+                return torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
+            return gradient if d_loss.device.type == "cpu" and d_loss == 1 else gradient.mul_(d_loss)
 
         d_hidden, d_weight = (scaled(g, t) for g, t in zip(ctx.saved_tensors, ctx.input_dtypes, strict=True))
         return d_hidden, d_weight, None, None, None
