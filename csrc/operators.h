@@ -23,6 +23,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
 
 std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weight, const Tensor& anchors,
                                         double temperature, const std::optional<Tensor>& out);
+void ask_for_large_pages(const Tensor& x);
 void add_product(const Tensor& total, const Tensor& left, const Tensor& right);
 
 inline void require(bool condition, const std::string& message) {

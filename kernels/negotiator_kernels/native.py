@@ -20,6 +20,8 @@ def exponentials(
     """See `negotiator_kernels.exponentials`; fp32 and bf16 operands."""
     if hidden.is_cuda:
         return reference.exponentials(hidden, weight, anchors, temperature, out, _tile_exponentials)
+    if out is not None:
+        torch.ops.negotiator_kernels.ask_for_large_pages(out)
     sums, moments = torch.ops.negotiator_kernels.exponentials(hidden, weight, anchors, temperature, out)
     return sums, moments
 
@@ -34,9 +36,14 @@ def _tile_exponentials(
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """See `negotiator_kernels.fused.add_product`. torch's own product of bf16 on the CPU rounds its sums to bf16."""
+    if total is None:
+        total = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+        torch.ops.negotiator_kernels.ask_for_large_pages(total)
+        if a.dtype == dtype:
+            return torch.mm(a, b, out=total)
+        total.zero_()
     if a.dtype == dtype:
         return fused.add_product(total, a, b, dtype)
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype) if total is None else total
     torch.ops.negotiator_kernels.add_product(total, a, b)
     return total
 
