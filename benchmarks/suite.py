@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.measure import Fit, Sample, TensorPeak, pick, rotated, sample
 from benchmarks.problem import Answer, Errors, Problem, Shape, errors, make_problems
 from benchmarks.providers import NATIVE_CE, Provider, bare_gemms, cpu_multiplies_bf16
+from negotiator.loss import auto_backend
 
 Status = Literal["measured", "estimated", "off", "oom", "failed"]
 
@@ -93,7 +94,8 @@ def measure_shape(
     """Everybody once, then by turns while `budget_s` lasts.
 
     A CPU that only emulates bf16 may take minutes for one call of some. There everybody is tried on few tokens, and
-    beyond ours, the bare matrix products and PyTorch's cross-entropy only what fits the budget is run on all of them.
+    beyond our default, the bare matrix products and PyTorch's cross-entropy only what fits the budget is run on
+    all of them.
     """
     start = time.monotonic()
     contenders = _contenders(providers, dtype, device)
@@ -120,7 +122,8 @@ def measure_shape(
         if number > 0 or emulated:
             cost = {name: c.ms(shape.tokens) for name, c in live.items()}
             by_cost = sorted(cost, key=cost.__getitem__)
-            compared = [name for name in by_cost if live[name].kind == "ours"]
+            ours = [name for name in by_cost if live[name].kind == "ours"]
+            compared = [name for name in ours if name == auto_backend(device, dtype)] or ours[:1]
             compared += [name for name in by_cost if live[name].kind == "gemms"][:1]
             compared += [name for name in by_cost if name.startswith(NATIVE_CE)][:1]
             left = (budget_s - (time.monotonic() - start)) * 1e3

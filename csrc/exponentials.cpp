@@ -17,8 +17,10 @@ std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weig
   require(weight.dim() == 2 && weight.size(1) == depth, "weight must be [vocabulary, depth], depth as in hidden");
   require(!out || (out->dim() == 2 && out->size(0) == rows && out->size(1) == vocabulary),
           "out must be [rows, vocabulary]");
+  require(weight.scalar_type() == dtype, "weight must have the dtype of hidden");
+  const bool out_bf16 = out && out->scalar_type() == ScalarType::BFloat16;
+  require(!out || out_bf16 || out->scalar_type() == ScalarType::Float, "out must be float32 or bfloat16");
   for (const auto& [x, name] : {std::pair{&hidden, "hidden"}, {&weight, "weight"}, {out ? &*out : &hidden, "out"}}) {
-    require(x->scalar_type() == dtype, std::string(name) + " must have the dtype of hidden");
     require(x->is_cpu() && (x->numel() == 0 || x->stride(1) == 1),
             std::string(name) + " must be on the CPU with a contiguous last dimension");
   }
@@ -52,8 +54,9 @@ std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weig
           .columns = std::min(width, vocabulary - first),
           .inverse_temperature = static_cast<float>(1.0 / temperature),
           .anchors = anchor,
-          .out = values == nullptr ? nullptr : values + first * element,
+          .out = values == nullptr ? nullptr : values + first * (out_bf16 ? 2 : 4),
           .out_stride = out_stride,
+          .out_bf16 = out_bf16,
           .sums = sums.data() + i * rows,
           .moments = moments.data() + i * rows,
           .scratch = scratch.data(),

@@ -17,8 +17,8 @@ void narrow_vector(Float x, uint16_t* to) {
 }
 
 // One row of a block: logits -> exponentials, their sum and the sum of value times logarithm.
-template <bool kStore, typename Scalar>
-void exponentiate(const float* logits, int64_t n, float inverse_temperature, float anchor, Scalar* out, float* sum,
+template <bool kStore, typename Out>
+void exponentiate(const float* logits, int64_t n, float inverse_temperature, float anchor, Out* out, float* sum,
                   float* moment) {
   Float sums{}, moments{};
   int64_t j = 0;
@@ -41,38 +41,39 @@ void exponentiate(const float* logits, int64_t n, float inverse_temperature, flo
   for (int lane = 0; lane < kLanes; ++lane) *sum += sums[lane], *moment += moments[lane];
 }
 
-template <typename Scalar>
+template <typename Words>
 int64_t exponential_columns(int64_t depth) {
   constexpr int64_t kCacheWords = 72 << 10;  // packed columns that stay in the second-level cache
-  const int64_t panels = kCacheWords / (words<Scalar>(depth) * kPanel);
+  const int64_t panels = kCacheWords / (words<Words>(depth) * kPanel);
   return (panels < 1 ? 1 : panels > 8 ? 8 : panels) * kPanel;
 }
 
-template <typename Scalar>
+template <typename Words, typename Scalar>
 void pack_left(const PackedRows& left) {
-  const int64_t count = words<Scalar>(left.depth);
+  const int64_t count = words<Words>(left.depth);
   for (int64_t first = 0; first < left.rows; first += kStrip)
-    pack<kStrip>(static_cast<const Scalar*>(left.from) + first * left.stride, left.stride, 1,
-                 left.rows - first < kStrip ? left.rows - first : kStrip, left.depth, left.packed + first * count);
+    pack<Words, kStrip>(static_cast<const Scalar*>(left.from) + first * left.stride, left.stride, 1,
+                        left.rows - first < kStrip ? left.rows - first : kStrip, left.depth,
+                        left.packed + first * count);
 }
 
-template <bool kStore, typename Scalar>
+template <bool kStore, typename Scalar, typename Out>
 void exponentials_of(const ExponentialBlock& block) {
+  using Words = typename WordsOf<Scalar, Scalar>::Type;
   const PackedRows& left = block.left;
-  const int64_t count = words<Scalar>(left.depth), stride = rounded_up(block.columns, kPanel);
+  const int64_t count = words<Words>(left.depth), stride = rounded_up(block.columns, kPanel);
   uint32_t* right = block.scratch;
   float* logits = reinterpret_cast<float*>(right + stride * count);
   for (int64_t j = 0; j < stride; j += kPanel)
-    pack<kPanel>(static_cast<const Scalar*>(block.weight) + j * block.weight_stride, block.weight_stride, 1,
-                 block.columns - j < kPanel ? block.columns - j : kPanel, left.depth, right + j * count);
+    pack<Words, kPanel>(static_cast<const Scalar*>(block.weight) + j * block.weight_stride, block.weight_stride, 1,
+                        block.columns - j < kPanel ? block.columns - j : kPanel, left.depth, right + j * count);
   for (int64_t first = 0; first < left.rows; first += kStrip) {
     for (int64_t j = 0; j < stride; j += kPanel)
-      multiply_in_parts<typename WordsOf<Scalar>::Type>(count, left.packed + first * count, right + j * count,
-                                                        logits + j, stride);
+      multiply_in_parts<Words>(count, left.packed + first * count, right + j * count, logits + j, stride);
     const int64_t last = left.rows - first < kStrip ? left.rows : first + kStrip;
     for (int64_t row = first; row < last; ++row)
       exponentiate<kStore>(logits + (row - first) * stride, block.columns, block.inverse_temperature,
-                           block.anchors[row], static_cast<Scalar*>(block.out) + row * block.out_stride,
+                           block.anchors[row], static_cast<Out*>(block.out) + row * block.out_stride,
                            block.sums + row, block.moments + row);
   }
 }

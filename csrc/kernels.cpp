@@ -218,36 +218,51 @@ double exponentials(const float* x, int64_t n, double shift, double factor, doub
   return sum;
 }
 
+using BothBf16 = WordsOf<uint16_t, uint16_t>::Type;
+
 int64_t block_columns(int64_t depth, bool bf16) {
-  return bf16 ? exponential_columns<uint16_t>(depth) : exponential_columns<float>(depth);
+  return bf16 ? exponential_columns<BothBf16>(depth) : exponential_columns<Fp32Words>(depth);
 }
 
 int64_t packed_words(int64_t rows, int64_t depth, bool bf16) {
-  return rounded_up(rows, kStrip) * (bf16 ? words<uint16_t>(depth) : words<float>(depth));
+  return rounded_up(rows, kStrip) * (bf16 ? words<BothBf16>(depth) : words<Fp32Words>(depth));
 }
 
 int64_t block_words(int64_t columns, int64_t depth, bool bf16) {
-  return rounded_up(columns, kPanel) * ((bf16 ? words<uint16_t>(depth) : words<float>(depth)) + kStrip);
+  return rounded_up(columns, kPanel) * ((bf16 ? words<BothBf16>(depth) : words<Fp32Words>(depth)) + kStrip);
 }
 
-void pack_rows(const PackedRows& rows) { rows.bf16 ? pack_left<uint16_t>(rows) : pack_left<float>(rows); }
+void pack_rows(const PackedRows& rows) {
+  rows.bf16 ? pack_left<BothBf16, uint16_t>(rows) : pack_left<Fp32Words, float>(rows);
+}
+
+template <typename Scalar, typename Out>
+void exponentials_into(const ExponentialBlock& block) {
+  block.out == nullptr ? exponentials_of<false, Scalar, Out>(block) : exponentials_of<true, Scalar, Out>(block);
+}
 
 void exponential_block(const ExponentialBlock& block) {
   if (block.left.bf16)
-    block.out ? exponentials_of<true, uint16_t>(block) : exponentials_of<false, uint16_t>(block);
+    block.out_bf16 ? exponentials_into<uint16_t, uint16_t>(block) : exponentials_into<uint16_t, float>(block);
   else
-    block.out ? exponentials_of<true, float>(block) : exponentials_of<false, float>(block);
+    block.out_bf16 ? exponentials_into<float, uint16_t>(block) : exponentials_into<float, float>(block);
 }
 
-int64_t right_words(int64_t depth, int64_t columns, bool bf16) {
-  return (bf16 ? words<uint16_t>(depth) : words<float>(depth)) * rounded_up(columns, kPanel);
-}
+int64_t right_words(int64_t depth, int64_t columns) { return words<Fp32Words>(depth) * rounded_up(columns, kPanel); }
 
 void pack_right(const PackedRight& right, int64_t panel) {
-  right.bf16 ? pack_panel<uint16_t>(right, panel) : pack_panel<float>(right, panel);
+  if (right.bf16)
+    right.left_bf16 ? pack_panel<BothBf16, uint16_t>(right, panel) : pack_panel<Fp32Words, uint16_t>(right, panel);
+  else
+    pack_panel<Fp32Words, float>(right, panel);
 }
 
-void product(const ProductBlock& block) { block.right.bf16 ? product_of<uint16_t>(block) : product_of<float>(block); }
+void product(const ProductBlock& block) {
+  if (block.right.left_bf16)
+    block.right.bf16 ? product_of<BothBf16, uint16_t>(block) : product_of<Fp32Words, uint16_t>(block);
+  else
+    product_of<Fp32Words, float>(block);
+}
 
 static_assert(kDepthBlock * kStrip <= negotiator::kProductScratch);
 

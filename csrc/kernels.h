@@ -33,7 +33,7 @@ struct PackedRows {
   const void* from;  // [rows, depth]
   int64_t stride;    // in elements
   int64_t rows, depth;
-  bool bf16;         // else fp32, as are the weight and the exponentials
+  bool bf16;         // else fp32; as is the weight
   uint32_t* packed;  // packed_words() of them, aligned to 64 bytes
 };
 
@@ -46,6 +46,7 @@ struct ExponentialBlock {
   const float* anchors;  // [rows]
   void* out;             // [rows, columns], null if only the sums are wanted
   int64_t out_stride;
+  bool out_bf16;          // else fp32
   float *sums, *moments;  // [rows]
   uint32_t* scratch;      // block_words() of them, aligned to 64 bytes
 };
@@ -55,7 +56,8 @@ struct PackedRight {
   const void* from;  // [depth, columns]
   int64_t stride;    // in elements
   int64_t depth, columns;
-  bool bf16;         // else fp32; the left operand's dtype too
+  bool bf16;         // else fp32
+  bool left_bf16;    // likewise, of the left operand
   uint32_t* packed;  // right_words() of them, aligned to 64 bytes
 };
 
@@ -80,7 +82,7 @@ struct Kernels {
   float (*maximum)(const float* x, int64_t n);
   // weights[i] = exp((x[i] - shift) * factor), for arguments <= 0; returns their sum, NaN if any is NaN.
   double (*exponentials)(const float* x, int64_t n, double shift, double factor, double* weights);
-  // The columns that a block should have at most; words of memory that rows and blocks need.
+  // The columns that a block should have at most; 32-bit words of memory that rows and blocks need.
   int64_t (*block_columns)(int64_t depth, bool bf16);
   int64_t (*packed_words)(int64_t rows, int64_t depth, bool bf16);
   int64_t (*block_words)(int64_t columns, int64_t depth, bool bf16);
@@ -88,7 +90,7 @@ struct Kernels {
   void (*exponential_block)(const ExponentialBlock& block);
   // Columns of a panel of the right operand; words that its repacked form needs.
   int64_t panel_columns;
-  int64_t (*right_words)(int64_t depth, int64_t columns, bool bf16);
+  int64_t (*right_words)(int64_t depth, int64_t columns);
   void (*pack_panel)(const PackedRight& right, int64_t panel);
   void (*product)(const ProductBlock& block);
 };

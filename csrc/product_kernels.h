@@ -38,7 +38,8 @@ struct Fp32Words {
   }
 };
 
-template <typename Scalar>
+// For a left and a right operand of these types.
+template <typename Left, typename Right>
 struct WordsOf {
   using Type = Fp32Words;  // bf16 is widened when it is packed
 };
@@ -54,24 +55,22 @@ struct Bf16Words {
   }
 };
 template <>
-struct WordsOf<uint16_t> {
+struct WordsOf<uint16_t, uint16_t> {
   using Type = Bf16Words;
 };
 #endif
 
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-template <typename Scalar>
+template <typename Words>
 constexpr int64_t words(int64_t depth) {
-  constexpr int64_t kDepth = WordsOf<Scalar>::Type::kDepth;
-  return (depth + kDepth - 1) / kDepth;
+  return (depth + Words::kDepth - 1) / Words::kDepth;
 }
 
 // Packs n <= kWidth rows or columns, `stride` apart, whose numbers along the depth are `step` apart; the rest is 0.
-template <int64_t kWidth, typename Scalar>
+template <typename Words, int64_t kWidth, typename Scalar>
 void pack(const Scalar* from, int64_t stride, int64_t step, int64_t n, int64_t depth, uint32_t* to) {
-  using Words = typename WordsOf<Scalar>::Type;
-  const int64_t count = words<Scalar>(depth);
+  const int64_t count = words<Words>(depth);
   if (n < kWidth) memset(to, 0, count * kWidth * sizeof *to);
   if (stride == 1 && n == kWidth) {
     const int64_t whole = depth / Words::kDepth;  // without a test on the depth the loop over the columns is vectors
@@ -117,15 +116,15 @@ void multiply_in_parts(int64_t count, const uint32_t* left, const uint32_t* righ
 }
 
 // One panel of `right`, all of its depth, in blocks of kDepthBlock words.
-template <typename Scalar>
+template <typename Words, typename Scalar>
 void pack_panel(const PackedRight& right, int64_t panel) {
-  constexpr int64_t kNumbers = kDepthBlock * WordsOf<Scalar>::Type::kDepth;
+  constexpr int64_t kNumbers = kDepthBlock * Words::kDepth;
   const int64_t first = panel * kPanel, n = right.columns - first < kPanel ? right.columns - first : kPanel;
   const int64_t padded_columns = rounded_up(right.columns, kPanel);
   for (int64_t k = 0; k < right.depth; k += kNumbers) {
-    const int64_t depth = right.depth - k < kNumbers ? right.depth - k : kNumbers, count = words<Scalar>(depth);
-    pack<kPanel>(static_cast<const Scalar*>(right.from) + k * right.stride + first, 1, right.stride, n, depth,
-                 right.packed + words<Scalar>(k) * padded_columns + first * count);
+    const int64_t depth = right.depth - k < kNumbers ? right.depth - k : kNumbers, count = words<Words>(depth);
+    pack<Words, kPanel>(static_cast<const Scalar*>(right.from) + k * right.stride + first, 1, right.stride, n, depth,
+                 right.packed + words<Words>(k) * padded_columns + first * count);
   }
 }
 
@@ -138,19 +137,18 @@ void multiply_edge(int64_t count, const uint32_t* left, const uint32_t* right, f
     for (int64_t j = 0; j < columns; ++j) out[i * stride + j] += tile[i * kPanel + j];
 }
 
-template <typename Scalar>
+template <typename Words, typename Scalar>
 void product_of(const ProductBlock& block) {
-  using Words = typename WordsOf<Scalar>::Type;
   constexpr int64_t kNumbers = kDepthBlock * Words::kDepth;
   const PackedRight& right = block.right;
   const int64_t padded_columns = rounded_up(right.columns, kPanel);
   const auto* left = static_cast<const Scalar*>(block.left);
   for (int64_t k = 0; k < right.depth; k += kNumbers) {
-    const int64_t depth = right.depth - k < kNumbers ? right.depth - k : kNumbers, count = words<Scalar>(depth);
-    const uint32_t* packed = right.packed + words<Scalar>(k) * padded_columns;
+    const int64_t depth = right.depth - k < kNumbers ? right.depth - k : kNumbers, count = words<Words>(depth);
+    const uint32_t* packed = right.packed + words<Words>(k) * padded_columns;
     for (int64_t i = 0; i < block.rows; i += kStrip) {
       const int64_t rows = block.rows - i < kStrip ? block.rows - i : kStrip;
-      pack<kStrip>(left + i * block.row_stride + k * block.depth_stride, block.row_stride, block.depth_stride, rows,
+      pack<Words, kStrip>(left + i * block.row_stride + k * block.depth_stride, block.row_stride, block.depth_stride, rows,
                    depth, block.scratch);
       float* out = block.out + i * block.out_stride;
       for (int64_t j = 0; j < right.columns; j += kPanel) {

@@ -233,19 +233,24 @@ def off_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
     return triton_off_reason()
 
 
+def auto_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `auto` stands for, for hidden states of this device and dtype."""
+    order = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
+    return next(name for name in order if off_reason(name, device, dtype) is None)
+
+
 def _kernels(backend: str, hidden: Tensor) -> fused.Kernels | None:
     """The one place where backends are chosen, and where one that cannot run says why. None is the reference."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
     if backend == "auto":
-        order = ("triton", "native", "torch") if hidden.is_cuda else ("native", "torch")
-        backend = next(name for name in order if off_reason(name, hidden.device, hidden.dtype) is None)
+        backend = auto_backend(hidden.device, hidden.dtype)
     elif (reason := off_reason(backend, hidden.device, hidden.dtype)) is not None:
         raise ValueError(f"backend {backend} is off: {reason}")
     if backend == "reference":
         return None
     if backend == "torch":
-        return fused.TORCH._replace(bf16=hidden.is_cuda)
+        return fused.TORCH._replace(bf16_inputs=hidden.is_cuda, bf16_values=hidden.is_cuda)
     if backend == "native":
         from negotiator_kernels import native
 

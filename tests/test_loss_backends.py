@@ -80,7 +80,7 @@ def test_no_worse_than_plain_torch_in_the_same_dtype(
     bound = 1e-5 if dtype == torch.float32 else 1.8e-3  # one rounding, at the end
     if backend == "native in bf16":  # the path of processors that multiply bf16
         backend = "native"
-        monkeypatch.setattr(native, "CPU", native.CPU._replace(bf16=True))
+        monkeypatch.setattr(native, "CPU", native.CPU._replace(bf16_values=True))
         if dtype == torch.bfloat16 and scale > 1:
             # What else is rounded weighs most where one wrong token has all probability; an entropy bonus rounds twice.
             bound = 2.6e-3 if entropy_coef else 2.4e-3

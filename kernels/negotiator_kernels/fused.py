@@ -62,7 +62,8 @@ class Kernels(NamedTuple):
     entropy_gradient_: Callable[[Tensor, Tensor, Tensor], None] = entropy_gradient_
     objective_gradient: Callable[[Tensor, Tensor, Rows, LossSpec], Tensor] = objective_gradient
     add_product: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] = add_product
-    bf16: bool = False  # bf16 operands are multiplied as they are
+    bf16_inputs: bool = False  # hidden and weight are taken in bf16
+    bf16_values: bool = False  # and exponentials kept and multiplied in it; both True is what tensor cores are for
 
 
 TORCH = Kernels()
@@ -78,15 +79,16 @@ class _Chunk(NamedTuple):
     entropy: Tensor  # [C] nats
 
 
-def _operand_dtype(dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
-    """What inputs of `dtype` are multiplied in."""
-    return dtype if dtype == torch.bfloat16 and kernels.bf16 else torch.promote_types(dtype, torch.float32)
+def _operand(values: Tensor, kernels: Kernels) -> Tensor:
+    """`values` in the dtype they are multiplied in."""
+    as_they_are = values.dtype == torch.bfloat16 and kernels.bf16_inputs
+    return values if as_they_are else values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _rows_of(weight: Tensor, rows: int) -> Tensor:
+def _rows_of(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for exponentials [rows, V], each row at a multiple of 64 bytes: GPUs move 16 bytes at a time."""
-    vocabulary, step = weight.shape[0], 64 // weight.itemsize
-    return weight.new_empty(rows, -(-vocabulary // step) * step)[:, :vocabulary]
+    step = 64 // dtype.itemsize
+    return torch.empty(rows, -(-vocabulary // step) * step, dtype=dtype, device=device)[:, :vocabulary]
 
 
 def _chunks(
@@ -94,13 +96,13 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """`weight` is an operand already."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    total, vocabulary = hidden.shape[0], weight.shape[0]
-    limit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    count = -(-total // max(1, limit // (vocabulary * weight.itemsize)))
-    buffer = _rows_of(weight, -(-total // max(count, 1))) if keep_values else None
+    kept = (weight.shape[0], weight.dtype if kernels.bf16_values else dtype, weight.device)
+    total, limit = hidden.shape[0], CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    count = -(-total // max(1, limit // (kept[0] * kept[1].itemsize)))
+    buffer = _rows_of(-(-total // max(count, 1)), *kept) if keep_values else None
     for i in range(count):
         at = slice(total * i // count, total * (i + 1) // count)
-        x, y = hidden[at].to(weight.dtype), targets[at]
+        x, y = _operand(hidden[at], kernels), targets[at]
         values = None if buffer is None else buffer[: len(x)]
         anchors = torch.linalg.vecdot(x.to(dtype), weight[y].to(dtype)) / temperature
         sums, moments = kernels.exponentials(x, weight, anchors, temperature, values)
@@ -108,7 +110,7 @@ def _chunks(
         unsafe = (~(sums < LARGEST_SUM)).nonzero().squeeze(1)
         for index in unsafe.split(REPAIR_ROWS) if len(unsafe) else ():
             log_sums = torch.logsumexp(matmul(x[index], weight.T, dtype) / temperature, dim=1)
-            better = None if values is None else _rows_of(weight, len(index))
+            better = None if values is None else _rows_of(len(index), *kept)
             sums[index], moments[index] = kernels.exponentials(x[index], weight, log_sums, temperature, better)
             if values is not None and better is not None:
                 values[index] = better
@@ -167,7 +169,7 @@ def _hidden_gradient(
 ) -> Tensor:
     """[C, D] in `dtype`. The target's value, often as large as all others together, enters unrounded."""
     product = kernels.add_product(None, of_logits.values, weight, dtype)
-    if weight.dtype != dtype:
+    if of_logits.values.dtype != dtype:
         lost = of_logits.at_target[:, None] - of_logits.values.gather(1, targets[:, None])
         product.addcmul_(lost, weight[targets].to(dtype))
     return product.mul_(of_logits.factor[:, None])
@@ -182,10 +184,10 @@ def _add_weight_gradient(
     kernels: Kernels,
 ) -> Tensor:
     """`total` [V, D] in `dtype` and this chunk's share. What belongs to the targets enters unrounded."""
-    exact = hidden * of_logits.factor[:, None]
-    scaled = exact.to(hidden.dtype)
+    exact = hidden * of_logits.factor[:, None]  # in `dtype`, which the factor has
+    scaled = exact.to(of_logits.values.dtype)
     total = kernels.add_product(total, of_logits.values.T, scaled, dtype)
-    if hidden.dtype != dtype:
+    if scaled.dtype != dtype:
         rounded = of_logits.values.gather(1, targets[:, None]).to(dtype)
         lost = of_logits.at_target[:, None] * exact - rounded * scaled
         total.index_put_((targets,), lost, accumulate=True)
@@ -210,7 +212,7 @@ def token_logprobs(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprobs, entropy = (torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(2))
     with torch.autocast(hidden.device.type, enabled=False):
-        w = weight.to(_operand_dtype(weight.dtype, kernels))
+        w = _operand(weight, kernels)
         for chunk in _chunks(hidden, w, targets, temperature, kernels, keep_values=False):
             logprobs[chunk.at], entropy[chunk.at] = chunk.logprobs, chunk.entropy
     return logprobs, entropy
@@ -229,7 +231,7 @@ class _FusedLoss(torch.autograd.Function):
         skipped_rows = 0
 
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(_operand_dtype(weight.dtype, kernels))
+            w = _operand(weight, kernels)
             by_sequence = spec.loss_type == "gspo"
             of_sequences = _sequence_gradient(hidden, w, rows, spec, kernels) if by_sequence else None
             for chunk in _chunks(hidden, w, rows.targets, spec.temperature, kernels, keep_values=True):
@@ -266,9 +268,11 @@ class _FusedLoss(torch.autograd.Function):
         def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if gradient is None:
                 return None
+            if d_loss.device.type == "cpu" and d_loss == 1:  # as it mostly is; on a GPU asking would cost a wait
+                return gradient.to(dtype, copy=keep)
             if keep or gradient.dtype != dtype:
                 return torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
-            return gradient if d_loss.device.type == "cpu" and d_loss == 1 else gradient.mul_(d_loss)
+            return gradient.mul_(d_loss)
 
         d_hidden, d_weight = (scaled(g, t) for g, t in zip(ctx.saved_tensors, ctx.input_dtypes, strict=True))
         return d_hidden, d_weight, None, None, None

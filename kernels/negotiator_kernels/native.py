@@ -35,18 +35,22 @@ def _tile_exponentials(
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `negotiator_kernels.fused.add_product`. torch's own product of bf16 on the CPU rounds its sums to bf16."""
-    if total is None:
-        total = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
-        torch.ops.negotiator_kernels.ask_for_large_pages(total)
-        if a.dtype == dtype:
-            return torch.mm(a, b, out=total)
-        total.zero_()
-    if a.dtype == dtype:
+    """See `negotiator_kernels.fused.add_product`; a and b fp32 or bf16, summed up in fp32.
+
+    torch's own product of bf16 on the CPU rounds its sums to bf16. In fp32 the two are equally fast.
+    """
+    if a.dtype == b.dtype == dtype:
         return fused.add_product(total, a, b, dtype)
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype) if total is None else total
     torch.ops.negotiator_kernels.add_product(total, a, b)
     return total
 
 
-CPU = Kernels(exponentials, add_product=add_product, bf16=bool(torch.cpu.get_capabilities().get("avx512_bf16", False)))
-CUDA = Kernels(exponentials, bf16=True)
+# A processor without instructions for bf16 widens it as it packs what it multiplies.
+CPU = Kernels(
+    exponentials,
+    add_product=add_product,
+    bf16_inputs=True,
+    bf16_values=bool(torch.cpu.get_capabilities().get("avx512_bf16", False)),
+)
+CUDA = Kernels(exponentials, bf16_inputs=True, bf16_values=True)

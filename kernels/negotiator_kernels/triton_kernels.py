@@ -9,7 +9,8 @@ VENDOR_GEMM = fused.Kernels(
     triton_exponentials.exponentials,
     triton_exponentials.entropy_gradient_,
     triton_objective.objective_gradient,
-    bf16=True,
+    bf16_inputs=True,
+    bf16_values=True,
 )
 # Both in one kernel.
 FUSED_GEMM = VENDOR_GEMM._replace(exponentials=triton_gemm.exponentials)
