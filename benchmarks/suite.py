@@ -22,7 +22,7 @@ Status = Literal["measured", "estimated", "off", "oom", "failed"]
 
 MOST_ROUNDS = 5
 WARM_UP_TOKENS = 2  # torch.compile makes 1 a special case
-TRIAL_PARTS = (256, 64, 16)  # of the tokens
+TRIAL_PARTS = (1024, 256, 64, 16)  # of the tokens
 CLOSE = 1.5  # times the quickest of its kind: who is slower than that is not tried on more tokens
 FULL_LOGITS = "plain"  # what peak memory is compared with
 
@@ -114,7 +114,8 @@ def measure_shape(
             if c.failure is None and (result := c.attempt(trial, c.prepare(trial))):
                 c.fit.add(trial.shape.tokens, result.ms)
                 quickest[c.rank] = min(result.ms, quickest.get(c.rank, result.ms))
-        trying = [c for c in trying if c.failure is None and c.fit.ms[-1] <= CLOSE * quickest[c.rank]]
+        close = [c for c in trying if c.failure is None and c.fit.ms[-1] <= CLOSE * quickest[c.rank]]
+        trying = trying if trial is trials[0] else close  # two trials at least, which tell a fixed cost from the rest
     calls = {c.name: c.prepare(problem) for c in contenders}
     for number in range(MOST_ROUNDS):
         live = {c.name: c for c in contenders if c.failure is None}
