@@ -306,6 +306,17 @@ def test_strided_hidden_and_tied_weight() -> None:
     assert answers[0].norm() > 1e-3
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_strided_weight(backend: str) -> None:
+    args = {**cast(problem(), torch.float32), "backend": backend}
+    _, *expected = gradients(args)
+    args["lm_head_weight"] = args["lm_head_weight"].T.contiguous().T
+    assert args["lm_head_weight"].stride(1) != 1
+    _, *found = gradients(args)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative(mine, theirs.double()) < 1e-6
+
+
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
 def test_autocast_and_incoming_gradient_change_nothing_but_scale(backend: Any) -> None:
     args = cast(problem(), torch.float32)

@@ -13,7 +13,7 @@ gspo's ratio needs the log-probs of a whole sequence before the first gradient, 
 first (8DV), except on-policy, where the ratio is 1 whatever they are.
 
 Logits, sums and both gradient sums are fp32 (fp64 for fp64 inputs) whatever the inputs are. bf16 operands stay bf16
-where the device multiplies them with fp32 accumulation, as do the exponentials then; elsewhere operands are upcast.
+where the device multiplies them with fp32 accumulation, as do the exponentials then; elsewhere they are widened.
 What rounding takes from the target's entry of a row is given back in fp32: that entry holds at least half of the
 row's squared norm, so at most half of the roundings' error remains.
 
@@ -74,13 +74,15 @@ class _Chunk(NamedTuple):
     hidden: Tensor  # [C, D], an operand
     values: Tensor | None  # [C, V] exponentials in memory that the next chunk uses again, None if nobody needs them
     sums: Tensor  # [C]
-    target_values: Tensor  # [C] the targets' exponentials, unrounded
+    target_values: Tensor  # [C] the targets' exponentials, unrounded: 1, or next to 0 in a row with another anchor
     logprobs: Tensor  # [C]
     entropy: Tensor  # [C] nats
 
 
 def _operand(values: Tensor, kernels: Kernels) -> Tensor:
-    """`values` in the dtype they are multiplied in."""
+    """`values` in the dtype they are multiplied in, with contiguous rows."""
+    if values.stride(-1) != 1:
+        values = values.contiguous()
     as_they_are = values.dtype == torch.bfloat16 and kernels.bf16_inputs
     return values if as_they_are else values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -158,7 +160,7 @@ def _logit_gradient_(
     else:
         alpha = d_logprobs + d_entropy * (chunk.entropy - chunk.sums.log())
         kernels.entropy_gradient_(values, alpha, d_entropy)
-        at_target = alpha * at_target + d_entropy * torch.special.xlogy(at_target, at_target) - d_logprobs * chunk.sums
+        at_target = alpha * at_target - d_logprobs * chunk.sums  # beta adds nothing: it is 1 or next to 0
         factor = -1 / chunk.sums
     values.scatter_(1, targets[:, None], at_target[:, None].to(values.dtype))
     return _LogitGradient(values, factor / spec.temperature, at_target)
