@@ -264,6 +264,24 @@ void product(const ProductBlock& block) {
     product_of<Fp32Words, float>(block);
 }
 
+void pack_linear(const float* weight, int64_t stride, int64_t columns, int64_t depth, float* packed) {
+  pack<Fp32Words, kPanel>(weight, stride, 1, columns, depth, reinterpret_cast<uint32_t*>(packed));
+}
+
+void linear_panel(const uint32_t* rows_packed, int64_t rows, const float* packed, int64_t columns, int64_t depth,
+                  float* out, int64_t out_stride) {
+  const auto* right = reinterpret_cast<const uint32_t*>(packed);
+  for (int64_t first = 0; first < rows; first += kStrip) {
+    const int64_t n = rows - first < kStrip ? rows - first : kStrip;
+    float tile[kStrip * kPanel];
+    const bool whole = n == kStrip && columns == kPanel;
+    float* to = out + first * out_stride;
+    multiply_in_parts<Fp32Words>(depth, rows_packed + first * depth, right, whole ? to : tile,
+                                 whole ? out_stride : kPanel);
+    for (int64_t i = 0; !whole && i < n; ++i) memcpy(to + i * out_stride, tile + i * kPanel, columns * sizeof(float));
+  }
+}
+
 static_assert(kDepthBlock * kStrip <= negotiator::kProductScratch);
 
 }  // namespace
@@ -271,8 +289,22 @@ static_assert(kDepthBlock * kStrip <= negotiator::kProductScratch);
 namespace negotiator {
 
 const Kernels KERNELS = {
-    KERNELS_NAME, attention_scratch, attention,         maximum, exponentials, block_columns, packed_words,
-    block_words,  pack_rows,         exponential_block, kPanel,  right_words,  pack_right,    product,
+    KERNELS_NAME,
+    attention_scratch,
+    attention,
+    maximum,
+    exponentials,
+    block_columns,
+    packed_words,
+    block_words,
+    pack_rows,
+    exponential_block,
+    kPanel,
+    right_words,
+    pack_right,
+    product,
+    pack_linear,
+    linear_panel,
 };
 
 }  // namespace negotiator

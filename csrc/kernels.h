@@ -93,6 +93,10 @@ struct Kernels {
   int64_t (*right_words)(int64_t depth, int64_t columns);
   void (*pack_panel)(const PackedRight& right, int64_t panel);
   void (*product)(const ProductBlock& block);
+  // A linear layer's weight [columns, depth], a panel of it at a time, and what packed rows make of that panel.
+  void (*pack_linear)(const float* weight, int64_t stride, int64_t columns, int64_t depth, float* packed);
+  void (*linear_panel)(const uint32_t* rows_packed, int64_t rows, const float* packed, int64_t columns, int64_t depth,
+                       float* out, int64_t out_stride);
 };
 
 extern const Kernels kernels_baseline;

@@ -40,6 +40,8 @@ STABLE_TORCH_LIBRARY(negotiator_kernels, m) {
   m.def(
       "exponentials(Tensor hidden, Tensor weight, Tensor anchors, float temperature, Tensor(a!)? out) -> "
       "(Tensor, Tensor)");
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, int columns) -> Tensor");
   m.def("ask_for_large_pages(Tensor x) -> ()");
   m.def("add_product(Tensor(a!) total, Tensor left, Tensor right) -> ()");
   m.def(
@@ -55,6 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&negotiator::paged_attention));
   m.impl("sample", TORCH_BOX(&negotiator::sample));
   m.impl("exponentials", TORCH_BOX(&negotiator::exponentials));
+  m.impl("pack_linear", TORCH_BOX(&negotiator::pack_linear));
+  m.impl("packed_linear", TORCH_BOX(&negotiator::packed_linear));
   m.impl("ask_for_large_pages", TORCH_BOX(&negotiator::ask_for_large_pages));
   m.impl("add_product", TORCH_BOX(&negotiator::add_product));
 }

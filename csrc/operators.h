@@ -23,6 +23,8 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
 
 std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weight, const Tensor& anchors,
                                         double temperature, const std::optional<Tensor>& out);
+Tensor pack_linear(const Tensor& weight);
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t columns);
 void ask_for_large_pages(const Tensor& x);
 void add_product(const Tensor& total, const Tensor& left, const Tensor& right);
 

@@ -93,6 +93,7 @@ template <typename Words, bool kAccumulate>
 void multiply(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride) {
   Float sum[kStrip][kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
+    __builtin_prefetch(right + (k + 24) * kPanel);
     Float columns[kVectors];
     for (int j = 0; j < kVectors; ++j) columns[j] = load<Float>(right + k * kPanel + j * kLanes);
     for (int i = 0; i < kStrip; ++i)

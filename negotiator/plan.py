@@ -39,11 +39,11 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             "plan (upper bounds)",
-            f"  utterances a step            {self.utterances:>12,}",
-            f"  generated tokens a step      {self.generated_tokens:>12,}",
-            f"  longest sequence, tokens     {self.longest_sequence:>12,}",
-            *(f"  {name:<28} {size / GIB:>8.2f} GiB" for name, size in self.memory.items()),
-            f"  {'memory in all':<28} {self.needed / GIB:>8.2f} GiB of {self.available / GIB:.2f} GiB available",
+            f"  utterances a step              {self.utterances:>12,}",
+            f"  generated tokens a step        {self.generated_tokens:>12,}",
+            f"  longest sequence, tokens       {self.longest_sequence:>12,}",
+            *(f"  {name:<30} {size / GIB:>8.2f} GiB" for name, size in self.memory.items()),
+            f"  {'memory in all':<30} {self.needed / GIB:>8.2f} GiB of {self.available / GIB:.2f} GiB available",
         ]
         return "\n".join(lines)
 
@@ -74,6 +74,7 @@ def make_plan(
         )
 
     local_judge = lengths.judge_prompt > 0
+    packed = device.type == "cpu" and dtype == torch.float32  # see negotiator_kernels.linear
     hidden, layers = model.hidden_size, model.num_hidden_layers
     head_dim = getattr(model, "head_dim", None) or hidden // model.num_attention_heads
     kv_width = model.num_key_value_heads * head_dim
@@ -87,6 +88,7 @@ def make_plan(
         "fp32 gradients": parameters * 4,
         "Adam moments": parameters * 8,
         "judge's weights": parameters * size if local_judge else 0,
+        "weights repacked for decoding": parameters * size * (1 + local_judge) if packed else 0,
         "key-value cache": cache * (2 if local_judge else 1),
         "activations": batch_tokens * activations,
         "lm_head gradient and logits": model.vocab_size * hidden * 8 + 2**28,

@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from negotiator_kernels import exponentials, native, paged_attention, sample
 from negotiator_kernels.availability import backends, native_off_reason
+from negotiator_kernels.linear import PackedLinears
 from negotiator_kernels.sampling import uniform
 
 BACKENDS = ["reference", "native"]
@@ -333,6 +335,40 @@ def test_native_product_is_summed_in_fp32(shape, right_dtype, dtype):
         found = total.clone()
         torch.ops.negotiator_kernels.add_product(found, operand, right)
         assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 6, 13, 64])
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 3), (16, 600), (101, 64)])
+def test_packed_linear_layers_compute_the_same(outputs, inputs, rows):
+    torch.manual_seed(rows)
+    layer, other = torch.nn.Linear(inputs, outputs), torch.nn.Linear(inputs, outputs, bias=False)
+    x = torch.randn(rows, inputs)
+    expected = x.double() @ layer.weight.double().T + layer.bias.double()
+    with torch.no_grad(), PackedLinears([layer.weight]):
+        found, cubed = layer(x), layer(x.expand(2, rows, inputs))
+        assert torch.equal(other(x), F.linear(x, other.weight))
+    assert relative_error(found, expected) < 1e-6
+    assert torch.equal(cubed[0], found) and torch.equal(cubed[1], found)
+    with torch.no_grad():
+        assert relative_error(layer(x), expected) < 1e-6
+
+
+def test_packed_linear_layers_are_what_is_computed_with():
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        packed, before = PackedLinears(layer.parameters()), layer(x)
+        layer.weight.zero_()
+        with packed:
+            assert relative_error(layer(x), before.double()) < 1e-6
+        assert torch.equal(layer(x), layer.bias.expand(4, 8))
+
+
+def test_weights_that_cannot_be_packed_stay_with_torch():
+    layer = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    x = torch.randn(4, 8).bfloat16()
+    with torch.no_grad(), PackedLinears(layer.parameters()):
+        assert layer(x).dtype == torch.bfloat16
 
 
 def test_native_operators_of_the_loss_check_their_arguments():

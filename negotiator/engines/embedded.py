@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from negotiator.attention import use_negotiator_attention
@@ -27,6 +28,7 @@ from negotiator.engines.base import EngineStats
 from negotiator.engines.kv_cache import KVCache, PagedLayout, Reservation
 from negotiator.types import Generation, SamplingParams
 from negotiator_kernels import sample
+from negotiator_kernels.linear import PackedLinears
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -73,6 +75,7 @@ class EmbeddedEngine:
         self._closed = False
         self._stats = EngineStats()
         self._head_fp32: torch.Tensor | None = None
+        self._linears: PackedLinears | None = None  # of the weights as they are
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
         """Samples a continuation of `prompt_ids`.
@@ -117,7 +120,7 @@ class EmbeddedEngine:
                     raise ValueError(f"the model has no parameter {name} of shape {tuple(tensor.shape)}")
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
-        self._head_fp32 = None
+        self._head_fp32 = self._linears = None
         self._version = version
 
     def flush(self) -> None:
@@ -238,7 +241,10 @@ class EmbeddedEngine:
         started = time.perf_counter()
         total = sum(count for _, count in work)
         decoded = sum(request.computed >= request.prompt_len for request, _ in work)
-        hidden = self._forward(work)
+        if self._linears is None:
+            self._linears = PackedLinears(self._model.parameters())
+        with self._linears:
+            hidden = self._forward(work)
         rows: list[tuple[_Request, int]] = []  # whose next token is wanted, and its row in `hidden`
         finished: list[tuple[_Request, object]] = []
         row = -1
@@ -253,7 +259,9 @@ class EmbeddedEngine:
                 else:
                     finished.append((request, None))
         if rows:
-            finished += self._next_tokens([r for r, _ in rows], self._logits(hidden[[row for _, row in rows]]))
+            with self._linears:
+                logits = self._logits(hidden[[row for _, row in rows]])
+            finished += self._next_tokens([r for r, _ in rows], logits)
         seconds = time.perf_counter() - started
         self._stats.forward_passes += 1
         self._stats.decode_seconds += seconds * decoded / total
@@ -306,7 +314,7 @@ class EmbeddedEngine:
         """Logits [R, V] of hidden states [R, D], in fp32 without a rounding to the model's dtype on the way."""
         weight: torch.Tensor = self._model.get_output_embeddings().weight
         if weight.dtype == torch.float32:
-            return hidden @ weight.T
+            return F.linear(hidden, weight)
         if weight.is_cuda:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         if self._head_fp32 is None:

@@ -1,0 +1,52 @@
+// y = x weight^T for a weight that is used many times: repacked once, so that a product of few rows reads it in one stream.
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "operators.h"
+
+namespace negotiator {
+
+Tensor pack_linear(const Tensor& weight) {
+  require(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Float,
+          "weight must be [columns, depth] float32 on the CPU");
+  require(weight.numel() == 0 || weight.stride(1) == 1, "weight must have a contiguous last dimension");
+  const Kernels& kernel = kernels();
+  const int64_t columns = weight.size(0), depth = weight.size(1), panel = kernel.panel_columns;
+  const int64_t panels = (columns + panel - 1) / panel;
+  Tensor packed = torch::stable::new_empty(weight, {panels, depth, panel});
+  ask_for_large_pages(packed);
+  const float* from = weight.const_data_ptr<float>();
+  float* to = packed.mutable_data_ptr<float>();
+  const int64_t stride = weight.stride(0);
+#pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads())
+  for (int64_t i = 0; i < panels; ++i)
+    kernel.pack_linear(from + i * panel * stride, stride, std::min(panel, columns - i * panel), depth,
+                       to + i * panel * depth);
+  return packed;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t columns) {
+  const Kernels& kernel = kernels();
+  const int64_t panel = kernel.panel_columns;
+  require(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float && (x.numel() == 0 || x.stride(1) == 1),
+          "x must be [rows, depth] float32 on the CPU with a contiguous last dimension");
+  const int64_t rows = x.size(0), depth = x.size(1);
+  require(packed.is_cpu() && packed.dim() == 3 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+              packed.size(1) == depth && packed.size(2) == panel && packed.size(0) == (columns + panel - 1) / panel,
+          "packed must be what pack_linear made of a [columns, depth] weight");
+  Tensor out = torch::stable::new_empty(x, {rows, columns});
+  if (rows == 0) return out;
+  AlignedWords left(kernel.packed_words(rows, depth, false));
+  kernel.pack_rows({x.data_ptr(), x.stride(0), rows, depth, false, left.data()});
+  const float* weight = packed.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t panels = packed.size(0);
+#pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads()) if (panels > 1)
+  for (int64_t i = 0; i < panels; ++i)
+    kernel.linear_panel(left.data(), rows, weight + i * panel * depth, std::min(panel, columns - i * panel), depth,
+                        to + i * panel, columns);
+  return out;
+}
+
+}  // namespace negotiator
