@@ -4,12 +4,14 @@
 // Scores are kept with the keys as rows, [keys, R]: then neither K nor V is ever transposed, and the softmax runs down
 // the columns with no sum across the lanes of a vector.
 
+#include "decoder_kernels.h"
 #include "exponentials_kernels.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace {
 
+using negotiator::AttentionMerge;
 using negotiator::AttentionTile;
 using negotiator::kKeyBlock;
 
@@ -130,14 +132,14 @@ void softmax_step(const Scratch& s, int64_t start, int64_t n, bool masked) {
   }
 }
 
-template <typename Scalar>
+template <typename Query, typename Key>
 void attend(const AttentionTile& tile) {
   const int64_t rows = tile.queries * tile.group;
   const Scratch s(tile.scratch, rows, tile.dim);
-  const auto* q = static_cast<const Scalar*>(tile.q);
-  const auto* k = static_cast<const Scalar*>(tile.k);
-  const auto* v = static_cast<const Scalar*>(tile.v);
-  auto* out = static_cast<Scalar*>(tile.out);
+  const auto* q = static_cast<const Query*>(tile.q);
+  const auto* k = static_cast<const Key*>(tile.k);
+  const auto* v = static_cast<const Key*>(tile.v);
+  auto* out = static_cast<Query*>(tile.out);
 
   // Padding lanes are computed and thrown away, so they only have to be numbers.
   memset(s.q, 0, s.dim * s.rows * sizeof(float));
@@ -147,14 +149,14 @@ void attend(const AttentionTile& tile) {
   const float scale = tile.scale * 1.44269504f;  // the softmax is in powers of two
   for (int64_t r = 0; r < s.rows; ++r) {
     s.top[r] = -__builtin_inff();
-    s.visible[r] = static_cast<int32_t>(tile.first_visible + (r < rows ? r / tile.group : 0));
+    s.visible[r] = static_cast<int32_t>(tile.first_visible + (r < rows ? r / tile.group * tile.step : 0));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const Scalar* row = q + r / tile.group * tile.q_stride + r % tile.group * tile.q_head_stride;
+    const Query* row = q + tile.tokens[r / tile.group] * tile.q_stride + r % tile.group * tile.q_head_stride;
     for (int64_t d = 0; d < tile.dim; ++d) s.q[d * s.rows + r] = widen(row[d]) * scale;
   }
 
-  const int64_t keys = tile.first_visible + tile.queries - 1;  // seen by at least one row
+  const int64_t keys = tile.first_visible + (tile.queries - 1) * tile.step;  // seen by at least one row
   for (int64_t start = 0; start < keys; start += kKeyBlock) {
     const int64_t n = keys - start < kKeyBlock ? keys - start : kKeyBlock;
     for (int64_t j = 0; j < n; ++j) {
@@ -178,13 +180,47 @@ void attend(const AttentionTile& tile) {
   }
 
   for (int64_t r = 0; r < rows; ++r) {
-    Scalar* row = out + r / tile.group * tile.out_stride + r % tile.group * tile.out_head_stride;
+    const int64_t query = r / tile.group, head = r % tile.group;
+    if (tile.part_of != nullptr) {
+      float* part = tile.parts + tile.part_of[query] * tile.part_stride + head * (tile.dim + 2);
+      memcpy(part, s.sum + r * s.dim, tile.dim * sizeof(float));
+      part[tile.dim] = s.top[r];
+      part[tile.dim + 1] = s.total[r];
+      continue;
+    }
+    Query* row = out + tile.tokens[query] * tile.out_stride + head * tile.out_head_stride;
     const float inverse = 1.0f / s.total[r];
     for (int64_t d = 0; d < tile.dim; ++d) narrow(s.sum[r * s.dim + d] * inverse, row + d);
   }
 }
 
-void attention(const AttentionTile& tile) { tile.bf16 ? attend<uint16_t>(tile) : attend<float>(tile); }
+void attention(const AttentionTile& tile) {
+  if (tile.q_bf16)
+    tile.kv_bf16 ? attend<uint16_t, uint16_t>(tile) : attend<uint16_t, float>(tile);
+  else
+    tile.kv_bf16 ? attend<float, uint16_t>(tile) : attend<float, float>(tile);
+}
+
+// One head of one query, whose keys were seen in parts.
+template <typename Scalar>
+void merge(const AttentionMerge& m) {
+  auto* out = static_cast<Scalar*>(m.out);
+  float top = -__builtin_inff(), total = 0;
+  for (int64_t i = 0; i < m.count; ++i) {
+    const float part_top = m.parts[i * m.part_stride + m.dim];
+    top = part_top > top ? part_top : top;
+  }
+  memset(m.scratch, 0, m.dim * sizeof(float));
+  for (int64_t i = 0; i < m.count; ++i) {
+    const float* part = m.parts + i * m.part_stride;
+    const float weight = exp2(splat(part[m.dim] - top))[0];
+    total += part[m.dim + 1] * weight;
+    for (int64_t d = 0; d < m.dim; ++d) m.scratch[d] += part[d] * weight;
+  }
+  for (int64_t d = 0; d < m.dim; ++d) narrow(m.scratch[d] / total, out + d);
+}
+
+void attention_merge(const AttentionMerge& m) { m.bf16 ? merge<uint16_t>(m) : merge<float>(m); }
 
 float maximum(const float* x, int64_t n) {
   float top = x[0];
@@ -264,24 +300,6 @@ void product(const ProductBlock& block) {
     product_of<Fp32Words, float>(block);
 }
 
-void pack_linear(const float* weight, int64_t stride, int64_t columns, int64_t depth, float* packed) {
-  pack<Fp32Words, kPanel>(weight, stride, 1, columns, depth, reinterpret_cast<uint32_t*>(packed));
-}
-
-void linear_panel(const uint32_t* rows_packed, int64_t rows, const float* packed, int64_t columns, int64_t depth,
-                  float* out, int64_t out_stride) {
-  const auto* right = reinterpret_cast<const uint32_t*>(packed);
-  for (int64_t first = 0; first < rows; first += kStrip) {
-    const int64_t n = rows - first < kStrip ? rows - first : kStrip;
-    float tile[kStrip * kPanel];
-    const bool whole = n == kStrip && columns == kPanel;
-    float* to = out + first * out_stride;
-    multiply_in_parts<Fp32Words>(depth, rows_packed + first * depth, right, whole ? to : tile,
-                                 whole ? out_stride : kPanel);
-    for (int64_t i = 0; !whole && i < n; ++i) memcpy(to + i * out_stride, tile + i * kPanel, columns * sizeof(float));
-  }
-}
-
 static_assert(kDepthBlock * kStrip <= negotiator::kProductScratch);
 
 }  // namespace
@@ -292,6 +310,7 @@ const Kernels KERNELS = {
     KERNELS_NAME,
     attention_scratch,
     attention,
+    attention_merge,
     maximum,
     exponentials,
     block_columns,
@@ -303,8 +322,13 @@ const Kernels KERNELS = {
     right_words,
     pack_right,
     product,
+    linear_words,
     pack_linear,
-    linear_panel,
+    linear,
+    gated,
+    kStrip,
+    norm_strip,
+    rotate,
 };
 
 }  // namespace negotiator

@@ -12,20 +12,32 @@ namespace negotiator {
 // Keys per step of the online softmax. K and V of one step, in fp32, stay in the first-level cache.
 constexpr int64_t kKeyBlock = 48;
 
-// One tile of attention: the `group` query heads of one key/value head, for queries [0, queries) of one segment.
-// Row r of the tile is query r / group, head r % group; it sees keys [0, first_visible + r / group).
+// One tile of attention: the `group` query heads of one key/value head, for some queries.
+// Row r of the tile is query r / group, head r % group; it sees keys [0, first_visible + r / group * step).
 struct AttentionTile {
-  const void* q;  // first query, first head of the group
-  const void* k;  // the pool, at this key/value head
+  const void* q;          // token 0, first head of the group
+  const int32_t* tokens;  // [queries], where each lies in q and out
+  const void* k;          // the pool, at this key/value head
   const void* v;
   void* out;
-  const int64_t* slots;  // of the keys of the segment
+  float* parts;          // unfinished results, if part_of is not null, [part][heads][dim sums, maximum, total]
+  const int32_t* part_of;  // [queries]
+  const int64_t* slots;    // of the keys
   int64_t queries, group, dim;
-  int64_t first_visible;
-  ptrdiff_t q_stride, q_head_stride, k_stride, v_stride, out_stride, out_head_stride;  // in elements
+  int64_t first_visible, step;
+  ptrdiff_t q_stride, q_head_stride, k_stride, v_stride, out_stride, out_head_stride, part_stride;  // in elements
   float scale;
-  bool bf16;      // else fp32, all four of them
-  float* scratch;  // attention_scratch() floats, aligned to 64 bytes
+  bool q_bf16, kv_bf16;  // else fp32; out is like q
+  float* scratch;        // attention_scratch() floats, aligned to 64 bytes
+};
+
+// One head of one query whose keys were seen in parts, put together.
+struct AttentionMerge {
+  const float* parts;  // the first of them
+  int64_t count, part_stride, dim;
+  void* out;
+  bool bf16;       // else fp32
+  float* scratch;  // [dim]
 };
 
 // The rows of the left operand of a product, repacked for it.
@@ -74,10 +86,46 @@ struct ProductBlock {
 
 constexpr int64_t kProductScratch = 1024;
 
+// out[rows, columns] (+)= rows . weight^T for panels [first, last) of a linear layer's repacked weight.
+// `gated` takes a weight whose panels are by turns those of the gate and those of what it lets through, and packs
+// silu(gate) * up as the rows of the next product; `columns` are those of one of the two.
+struct LinearPanels {
+  const uint32_t* left;  // packed rows
+  int64_t rows, depth;
+  const uint32_t* right;  // from panel 0 on
+  bool bf16;              // else fp32
+  int64_t first, last, columns;
+  float* out;
+  int64_t out_stride;
+  bool add;
+};
+
+// Up to strip_rows rows, divided by their root mean square, times a weight, packed; as they are without a weight.
+struct NormStrip {
+  const float* x;  // [rows, depth]
+  int64_t stride, rows, depth;
+  const float* weight;  // [depth] or null
+  float epsilon;
+  bool bf16;  // of the weight that the packed rows will be multiplied with
+  uint32_t* packed;
+};
+
+// Queries, keys and values of one token as they come out of the projection, in place; then the latter two to the cache.
+struct RotateToken {
+  float* qkv;  // [heads + 2 kv_heads, dim]
+  const float *bias, *q_norm, *k_norm;  // [(heads + 2 kv_heads) dim], [dim], [dim]; or null
+  const float *cos, *sin;               // [dim]
+  int64_t heads, kv_heads, dim;
+  float epsilon;
+  void *key, *value;  // [kv_heads, dim], where this token's go
+  bool bf16;          // the cache, else fp32
+};
+
 struct Kernels {
   const char* name;
   int64_t (*attention_scratch)(int64_t rows, int64_t dim);
   void (*attention)(const AttentionTile& tile);
+  void (*attention_merge)(const AttentionMerge& merge);
   // Largest of n > 0 numbers.
   float (*maximum)(const float* x, int64_t n);
   // weights[i] = exp((x[i] - shift) * factor), for arguments <= 0; returns their sum, NaN if any is NaN.
@@ -93,10 +141,15 @@ struct Kernels {
   int64_t (*right_words)(int64_t depth, int64_t columns);
   void (*pack_panel)(const PackedRight& right, int64_t panel);
   void (*product)(const ProductBlock& block);
-  // A linear layer's weight [columns, depth], a panel of it at a time, and what packed rows make of that panel.
-  void (*pack_linear)(const float* weight, int64_t stride, int64_t columns, int64_t depth, float* packed);
-  void (*linear_panel)(const uint32_t* rows_packed, int64_t rows, const float* packed, int64_t columns, int64_t depth,
-                       float* out, int64_t out_stride);
+  // A linear layer's weight [columns, depth], a panel of it at a time; the words of that panel.
+  int64_t (*linear_words)(int64_t depth, bool bf16);
+  void (*pack_linear)(const void* weight, int64_t stride, int64_t columns, int64_t depth, bool bf16, uint32_t* packed);
+  void (*linear)(const LinearPanels& panels);
+  void (*gated)(const LinearPanels& panels, uint32_t* packed);
+  // Strips of rows, and how many rows are in one.
+  int64_t strip_rows;
+  void (*norm_strip)(const NormStrip& strip);
+  void (*rotate)(const RotateToken& token);
 };
 
 extern const Kernels kernels_baseline;

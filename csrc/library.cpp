@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY(negotiator_kernels, m) {
       "(Tensor, Tensor)");
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int columns) -> Tensor");
+  m.def(
+      "decoder(Tensor(a!) hidden, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, Tensor new_slots, "
+      "Tensor slots, Tensor slot_starts, Tensor query_starts, Tensor rows, Tensor[] weights, Tensor final_norm, "
+      "Tensor head, int heads, int gated_width, int vocabulary, float epsilon, float scale) -> Tensor");
   m.def("ask_for_large_pages(Tensor x) -> ()");
   m.def("add_product(Tensor(a!) total, Tensor left, Tensor right) -> ()");
   m.def(
@@ -59,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(negotiator_kernels, CPU, m) {
   m.impl("exponentials", TORCH_BOX(&negotiator::exponentials));
   m.impl("pack_linear", TORCH_BOX(&negotiator::pack_linear));
   m.impl("packed_linear", TORCH_BOX(&negotiator::packed_linear));
+  m.impl("decoder", TORCH_BOX(&negotiator::decoder));
   m.impl("ask_for_large_pages", TORCH_BOX(&negotiator::ask_for_large_pages));
   m.impl("add_product", TORCH_BOX(&negotiator::add_product));
 }

@@ -8,21 +8,23 @@
 namespace negotiator {
 
 Tensor pack_linear(const Tensor& weight) {
-  require(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Float,
-          "weight must be [columns, depth] float32 on the CPU");
+  const bool bf16 = weight.scalar_type() == ScalarType::BFloat16;
+  require(weight.is_cpu() && weight.dim() == 2 && (bf16 || weight.scalar_type() == ScalarType::Float),
+          "weight must be [columns, depth] float32 or bfloat16 on the CPU");
   require(weight.numel() == 0 || weight.stride(1) == 1, "weight must have a contiguous last dimension");
   const Kernels& kernel = kernels();
   const int64_t columns = weight.size(0), depth = weight.size(1), panel = kernel.panel_columns;
-  const int64_t panels = (columns + panel - 1) / panel;
-  Tensor packed = torch::stable::new_empty(weight, {panels, depth, panel});
+  require(!bf16 || depth % 2 == 0, "a bfloat16 weight must have an even depth");
+  const int64_t panels = (columns + panel - 1) / panel, numbers = bf16 ? 2 : 1;
+  Tensor packed = torch::stable::new_empty(weight, {panels, depth / numbers, panel * numbers});
   ask_for_large_pages(packed);
-  const float* from = weight.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
-  const int64_t stride = weight.stride(0);
+  const auto* from = static_cast<const char*>(weight.const_data_ptr());
+  auto* to = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  const int64_t stride = weight.stride(0), bytes = weight.element_size(), words = kernel.linear_words(depth, bf16);
 #pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads())
   for (int64_t i = 0; i < panels; ++i)
-    kernel.pack_linear(from + i * panel * stride, stride, std::min(panel, columns - i * panel), depth,
-                       to + i * panel * depth);
+    kernel.pack_linear(from + i * panel * stride * bytes, stride, std::min(panel, columns - i * panel), depth, bf16,
+                       to + i * words);
   return packed;
 }
 
@@ -34,18 +36,17 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t columns) {
   const int64_t rows = x.size(0), depth = x.size(1);
   require(packed.is_cpu() && packed.dim() == 3 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
               packed.size(1) == depth && packed.size(2) == panel && packed.size(0) == (columns + panel - 1) / panel,
-          "packed must be what pack_linear made of a [columns, depth] weight");
+          "packed must be what pack_linear made of a [columns, depth] float32 weight");
   Tensor out = torch::stable::new_empty(x, {rows, columns});
   if (rows == 0) return out;
   AlignedWords left(kernel.packed_words(rows, depth, false));
   kernel.pack_rows({x.data_ptr(), x.stride(0), rows, depth, false, left.data()});
-  const float* weight = packed.const_data_ptr<float>();
+  const auto* right = static_cast<const uint32_t*>(packed.const_data_ptr());
   float* to = out.mutable_data_ptr<float>();
   const int64_t panels = packed.size(0);
 #pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads()) if (panels > 1)
   for (int64_t i = 0; i < panels; ++i)
-    kernel.linear_panel(left.data(), rows, weight + i * panel * depth, std::min(panel, columns - i * panel), depth,
-                        to + i * panel, columns);
+    kernel.linear({left.data(), rows, depth, right, false, i, i + 1, columns, to, columns, false});
   return out;
 }
 

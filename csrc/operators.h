@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace negotiator {
 
@@ -25,6 +26,10 @@ std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weig
                                         double temperature, const std::optional<Tensor>& out);
 Tensor pack_linear(const Tensor& weight);
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t columns);
+Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
+               const Tensor& new_slots, const Tensor& slots, const Tensor& slot_starts, const Tensor& query_starts,
+               const Tensor& rows, std::vector<Tensor> weights, const Tensor& final_norm, const Tensor& head,
+               int64_t heads, int64_t gated_width, int64_t vocabulary, double epsilon, double scale);
 void ask_for_large_pages(const Tensor& x);
 void add_product(const Tensor& total, const Tensor& left, const Tensor& right);
 

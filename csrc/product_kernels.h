@@ -21,12 +21,18 @@ constexpr int kStrip = 6, kVectors = 2;  // 12 of 16
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int64_t kDepthBlock = 128;  // words; of all columns, they stay in the second-level cache
 
+// What a word of the right operand holds, and how it is multiplied with kLeft words of the left one.
 struct Fp32Words {
-  static constexpr int64_t kDepth = 1;  // numbers a word
-  static Float multiply_add(Float sum, uint32_t left, Float right) {
-    float x;
-    memcpy(&x, &left, sizeof x);
-    return sum + x * right;
+  static constexpr int64_t kDepth = 1, kLeft = 1;  // numbers a word; words of the left operand a word of the right
+  template <int kRows>
+  static inline __attribute__((always_inline)) void multiply_add(Float (&sum)[kRows][kVectors], const uint32_t* left,
+                                                                 const uint32_t* right) {
+    Float columns[kVectors];
+    for (int j = 0; j < kVectors; ++j) columns[j] = load<Float>(right + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const float x = load<float>(left + i);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += x * columns[j];
+    }
   }
   // Word k of numbers that lie `step` apart; `depth` is how many they are.
   template <typename Scalar>
@@ -38,6 +44,41 @@ struct Fp32Words {
   }
 };
 
+// Pairs of bf16.
+struct PairWords {
+  static constexpr int64_t kDepth = 2;
+  static uint32_t bits(uint16_t x) { return x; }
+  static uint32_t bits(float x) {
+    uint16_t rounded;
+    narrow(x, &rounded);
+    return rounded;
+  }
+  template <typename Scalar>
+  static uint32_t word(const Scalar* from, int64_t step, int64_t k, int64_t depth) {
+    return bits(from[2 * k * step]) | (2 * k + 1 < depth ? bits(from[(2 * k + 1) * step]) << 16 : 0);
+  }
+};
+
+// Of a weight that stays in bf16 to be read faster, while the left operand is fp32.
+struct WidenedWords : PairWords {
+  static constexpr int64_t kLeft = 2;
+  template <int kRows>
+  static inline __attribute__((always_inline)) void multiply_add(Float (&sum)[kRows][kVectors], const uint32_t* left,
+                                                                 const uint32_t* right) {
+    for (int half = 0; half < 2; ++half) {
+      Float columns[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        const Uint pair = load<Uint>(right + j * kLanes);  // again for the second half: registers are scarce
+        columns[j] = half == 0 ? (Float)(pair << 16) : (Float)(pair & 0xffff0000u);
+      }
+      for (int i = 0; i < kRows; ++i) {
+        const float x = load<float>(left + half * kStrip + i);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += x * columns[j];
+      }
+    }
+  }
+};
+
 // For a left and a right operand of these types.
 template <typename Left, typename Right>
 struct WordsOf {
@@ -45,13 +86,17 @@ struct WordsOf {
 };
 
 #if defined(__AVX512BF16__)
-struct Bf16Words {
-  static constexpr int64_t kDepth = 2;
-  static Float multiply_add(Float sum, uint32_t left, Float right) {
-    return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)left), (__m512bh)right);
-  }
-  static uint32_t word(const uint16_t* from, int64_t step, int64_t k, int64_t depth) {
-    return from[2 * k * step] | (2 * k + 1 < depth ? uint32_t{from[(2 * k + 1) * step]} << 16 : 0);
+struct Bf16Words : PairWords {
+  static constexpr int64_t kLeft = 1;
+  template <int kRows>
+  static inline __attribute__((always_inline)) void multiply_add(Float (&sum)[kRows][kVectors], const uint32_t* left,
+                                                                 const uint32_t* right) {
+    Float columns[kVectors];
+    for (int j = 0; j < kVectors; ++j) columns[j] = load<Float>(right + j * kLanes);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j)
+        sum[i][j] = (Float)_mm512_dpbf16_ps((__m512)sum[i][j], (__m512bh)_mm512_set1_epi32((int)left[i]),
+                                           (__m512bh)columns[j]);
   }
 };
 template <>
@@ -77,7 +122,8 @@ void pack(const Scalar* from, int64_t stride, int64_t step, int64_t n, int64_t d
     for (int64_t k = 0; k < whole; ++k)
       for (int64_t i = 0; i < kWidth; ++i)
         to[k * kWidth + i] = Words::word(from + k * Words::kDepth * step + i, step, 0, Words::kDepth);
-    for (int64_t i = 0; i < kWidth && whole < count; ++i) to[whole * kWidth + i] = Words::word(from + i, step, whole, depth);
+    for (int64_t i = 0; i < kWidth && whole < count; ++i)
+      to[whole * kWidth + i] = Words::word(from + i, step, whole, depth);
     return;
   }
   constexpr int64_t kStep = 16;  // a cache line of each row at a time, so that what is written stays in the cache
@@ -88,32 +134,34 @@ void pack(const Scalar* from, int64_t stride, int64_t step, int64_t n, int64_t d
   }
 }
 
-// out[kStrip, kPanel] (+)= one strip times one panel.
-template <typename Words, bool kAccumulate>
+// out[kRows, kPanel] (+)= one strip, or the first rows of one, times one panel.
+template <typename Words, bool kAccumulate, int kRows = kStrip>
 void multiply(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride) {
-  Float sum[kStrip][kVectors] = {};
+  Float sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
     __builtin_prefetch(right + (k + 24) * kPanel);
-    Float columns[kVectors];
-    for (int j = 0; j < kVectors; ++j) columns[j] = load<Float>(right + k * kPanel + j * kLanes);
-    for (int i = 0; i < kStrip; ++i)
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = Words::multiply_add(sum[i][j], left[k * kStrip + i], columns[j]);
+    Words::template multiply_add<kRows>(sum, left + k * Words::kLeft * kStrip, right + k * kPanel);
   }
-  for (int i = 0; i < kStrip; ++i)
+  for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) {
       float* to = out + i * stride + j * kLanes;
       store(to, kAccumulate ? load<Float>(to) + sum[i][j] : sum[i][j]);
     }
 }
 
-// out[kStrip, kPanel] = one strip times one panel. Sums of many terms, one after the other, lose digits; sums of sums lose
-// fewer.
-template <typename Words>
-void multiply_in_parts(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride) {
+// The same in parts. Sums of many terms, one after the other, lose digits; sums of sums lose fewer.
+template <typename Words, int kRows = kStrip>
+void multiply_in_parts(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride,
+                       bool accumulate = false) {
   constexpr int64_t kPart = 256;  // words
-  multiply<Words, false>(count < kPart ? count : kPart, left, right, out, stride);
-  for (int64_t k = kPart; k < count; k += kPart)
-    multiply<Words, true>(count - k < kPart ? count - k : kPart, left + k * kStrip, right + k * kPanel, out, stride);
+  for (int64_t k = 0; k < count; k += kPart) {
+    const int64_t n = count - k < kPart ? count - k : kPart;
+    const uint32_t* rows = left + k * Words::kLeft * kStrip;
+    if (accumulate || k > 0)
+      multiply<Words, true, kRows>(n, rows, right + k * kPanel, out, stride);
+    else
+      multiply<Words, false, kRows>(n, rows, right + k * kPanel, out, stride);
+  }
 }
 
 // One panel of `right`, all of its depth, in blocks of kDepthBlock words.

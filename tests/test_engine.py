@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from negotiator.config import EngineConfig
 from negotiator.engines.embedded import EmbeddedEngine
+from negotiator.engines.forward import HuggingFaceForward
+from negotiator.engines.kv_cache import KVCache
 from negotiator.types import Generation, SamplingParams
 
 REAL = "models/SmolLM2-135M-Instruct"
@@ -282,7 +284,7 @@ def test_new_weights_are_served_and_the_old_cache_is_gone(dtype: torch.dtype) ->
 def test_bf16_logits_are_not_rounded_to_bf16() -> None:
     model = tiny(dtype=torch.bfloat16)
     hidden = torch.randn(5, 64, dtype=torch.bfloat16)
-    logits = engine_of(model)._logits(hidden)
+    logits = HuggingFaceForward(model, KVCache(model, 1))._logits(hidden)
     exact = hidden.double() @ model.get_output_embeddings().weight.double().T
     assert (logits - exact).abs().max() < 1e-5
 
@@ -313,7 +315,7 @@ def test_an_error_in_a_step_reaches_every_caller(monkeypatch: pytest.MonkeyPatch
         return await asyncio.gather(*(engine.generate(*request) for request in requests), return_exceptions=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_logits", lambda hidden: hidden @ torch.zeros(1))
+        patch.setattr(engine, "_forward", lambda spans, rows: torch.zeros(2, 2) @ torch.zeros(1))
         assert all(isinstance(result, RuntimeError) for result in asyncio.run(main()))
     engine.flush()
     assert all(isinstance(result, Generation) for result in asyncio.run(main()))

@@ -6,7 +6,7 @@ of the prompts of those just admitted. What was computed stays cached for later 
 The steps run in an asyncio task, one after the other, on the loop's own thread. Nothing depends on time or threads: the
 same calls in the same order give the same bits.
 
-    T tokens in a forward pass    R requests whose next token is wanted    D hidden size    V vocabulary
+    R requests whose next token is wanted    V vocabulary
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from negotiator.attention import use_negotiator_attention
 from negotiator.config import EngineConfig
 from negotiator.engines.base import EngineStats
-from negotiator.engines.kv_cache import KVCache, PagedLayout, Reservation
+from negotiator.engines.forward import Forward, HuggingFaceForward, Span
+from negotiator.engines.kv_cache import KVCache, Reservation
+from negotiator.engines.native_forward import NativeForward, native_forward_off_reason
 from negotiator.types import Generation, SamplingParams
 from negotiator_kernels import sample
-from negotiator_kernels.linear import PackedLinears
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -64,18 +63,20 @@ class EmbeddedEngine:
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig, version: int = 0) -> None:
         """Raises ValueError for a model whose attention or logits this engine would get wrong."""
-        use_negotiator_attention(model)
         self._model: Any = model
         self._config = config
         self._version = version
         self._cache = KVCache(model, config.cache_tokens)
+        self._forward: Forward = HuggingFaceForward(model, self._cache)
+        reason = native_forward_off_reason(model)
+        self.path = "the model's own code: " + reason if reason else "native code"
+        if reason is None:
+            self._forward = NativeForward(model, self._cache)
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._stats = EngineStats()
-        self._head_fp32: torch.Tensor | None = None
-        self._linears: PackedLinears | None = None  # of the weights as they are
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
         """Samples a continuation of `prompt_ids`.
@@ -120,7 +121,7 @@ class EmbeddedEngine:
                     raise ValueError(f"the model has no parameter {name} of shape {tuple(tensor.shape)}")
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
-        self._head_fp32 = self._linears = None
+        self._forward.weights_changed()
         self._version = version
 
     def flush(self) -> None:
@@ -241,27 +242,31 @@ class EmbeddedEngine:
         started = time.perf_counter()
         total = sum(count for _, count in work)
         decoded = sum(request.computed >= request.prompt_len for request, _ in work)
-        if self._linears is None:
-            self._linears = PackedLinears(self._model.parameters())
-        with self._linears:
-            hidden = self._forward(work)
-        rows: list[tuple[_Request, int]] = []  # whose next token is wanted, and its row in `hidden`
+        if self._model.training:
+            raise ValueError("the model is in training mode; call model.eval() before generating")
+        spans: list[Span] = []
+        asking: list[_Request] = []  # whose next token is wanted
+        rows: list[int] = []  # and the last of their tokens, numbered through the pass
         finished: list[tuple[_Request, object]] = []
         row = -1
         for request, count in work:
+            assert request.reservation is not None
             row += count
+            end = request.computed + count
+            spans.append(Span(request.reservation, request.computed, end, request.tokens[request.computed : end]))
+            if end == len(request.tokens):
+                if request.wants_token:
+                    asking.append(request)
+                    rows.append(row)
+                else:
+                    finished.append((request, None))
+        logits = self._forward(spans, rows)
+        for request, count in work:
             request.computed += count
             if request.computed == request.prompt_len:
                 self._share(request)  # now, not at the end: whoever is admitted next may begin the same way
-            if request.computed == len(request.tokens):
-                if request.wants_token:
-                    rows.append((request, row))
-                else:
-                    finished.append((request, None))
-        if rows:
-            with self._linears:
-                logits = self._logits(hidden[[row for _, row in rows]])
-            finished += self._next_tokens([r for r, _ in rows], logits)
+        if asking:
+            finished += self._next_tokens(asking, logits)
         seconds = time.perf_counter() - started
         self._stats.forward_passes += 1
         self._stats.decode_seconds += seconds * decoded / total
@@ -291,35 +296,6 @@ class EmbeddedEngine:
             else:  # asked to cache what is cached
                 self._finish(request, None)
         return work
-
-    @torch.no_grad()
-    def _forward(self, work: Sequence[tuple[_Request, int]]) -> torch.Tensor:
-        """Final hidden states [T, D] of the next tokens of each request, end to end."""
-        if self._model.training:
-            raise ValueError("the model is in training mode; call model.eval() before generating")
-        spans = [(r.reservation, r.computed, r.computed + count) for r, count in work if r.reservation is not None]
-        ids = [token for r, count in work for token in r.tokens[r.computed : r.computed + count]]
-        positions = [position for _, start, end in spans for position in range(start, end)]
-        output = self._model.get_decoder()(
-            torch.tensor([ids], device=self._model.device),
-            position_ids=torch.tensor([positions], device=self._model.device),
-            layout=PagedLayout.build(self._cache, spans),
-            use_cache=False,
-        )
-        hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
-
-    @torch.no_grad()
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of hidden states [R, D], in fp32 without a rounding to the model's dtype on the way."""
-        weight: torch.Tensor = self._model.get_output_embeddings().weight
-        if weight.dtype == torch.float32:
-            return F.linear(hidden, weight)
-        if weight.is_cuda:
-            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        if self._head_fp32 is None:
-            self._head_fp32 = weight.float()
-        return hidden.float() @ self._head_fp32.T
 
     def _next_tokens(self, requests: Sequence[_Request], logits: torch.Tensor) -> list[tuple[_Request, object]]:
         """Lets each request use its row of `logits` [R, V]; returns those that are finished, with their results."""

@@ -31,18 +31,15 @@ class Reservation:
 
 
 class KVCache:
-    """Keys and values [num_slots, Hkv, D] in each layer, in the model's dtype and on its device."""
+    """`keys` and `values` [layers, num_slots, Hkv, D], in the model's dtype and on its device."""
 
     def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
         config = model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-        def allocate() -> list[torch.Tensor]:
-            shape = (num_slots, heads, head_dim)
-            return [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
-
-        self.keys, self.values = allocate(), allocate()
+        shape = (config.num_hidden_layers, num_slots, heads, head_dim)
+        self.keys, self.values = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2))
         self.num_slots = num_slots
         self._tree = RadixTree()
         self._free = list(reversed(range(num_slots)))  # a stack: memory never used is never touched
@@ -107,7 +104,7 @@ class PagedLayout:
     def build(cache: KVCache, work: Sequence[tuple[Reservation, int, int]]) -> PagedLayout:
         """The layout of a pass over tokens start .. end of each (reservation, start, end)."""
 
-        device = cache.keys[0].device
+        device = cache.keys.device
         return PagedLayout(
             cache,
             new_slots=torch.from_numpy(np.concatenate([r.slots[start:end] for r, start, end in work])).to(device),
