@@ -38,10 +38,10 @@ const float* vector_of(const Tensor& x, int64_t size, const char* name, bool opt
 
 Linear linear_of(const Tensor& packed, int64_t columns, int64_t depth, int64_t copies, const char* name) {
   const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
-  const int64_t panel = kernels().panel_columns, panels = (columns + panel - 1) / panel, numbers = bf16 ? 2 : 1;
+  const int64_t panel = kernels().panel_columns, panels = (columns + panel - 1) / panel;
   require(packed.is_cpu() && packed.is_contiguous() && packed.dim() == 3 &&
               (bf16 || packed.scalar_type() == ScalarType::Float) && packed.size(0) == copies * panels &&
-              packed.size(1) == depth / numbers && depth % numbers == 0 && packed.size(2) == panel * numbers,
+              packed.size(1) == depth && packed.size(2) == panel,
           std::string(name) + " must be what pack_linear made of [" + std::to_string(columns) + ", " +
               std::to_string(depth) + "]");
   return {static_cast<const uint32_t*>(packed.const_data_ptr()), depth, columns, panels, bf16};

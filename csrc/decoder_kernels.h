@@ -21,7 +21,7 @@ constexpr int64_t kRowBlock = 16;  // strips whose packed rows stay in the secon
 
 template <typename Words>
 int64_t linear_words_of(int64_t depth) {
-  return words<Words>(depth) * kPanel;
+  return words<Words>(depth) * Words::kRight;
 }
 
 int64_t linear_words(int64_t depth, bool bf16) {
@@ -30,51 +30,73 @@ int64_t linear_words(int64_t depth, bool bf16) {
 
 void pack_linear(const void* weight, int64_t stride, int64_t columns, int64_t depth, bool bf16, uint32_t* packed) {
   if (bf16)
-    pack<PairWords, kPanel>(static_cast<const uint16_t*>(weight), stride, 1, columns, depth, packed);
+    pack<Bf16Weight, kPanel>(static_cast<const uint16_t*>(weight), stride, 1, columns, depth,
+                             reinterpret_cast<Bf16Weight::Word*>(packed));
   else
     pack<Fp32Words, kPanel>(static_cast<const float*>(weight), stride, 1, columns, depth, packed);
 }
 
 template <typename Words>
 void multiply_rows(int64_t rows, int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride,
-                   bool accumulate) {
+                   Ahead ahead, bool accumulate) {
   switch (rows) {
 #if defined(__AVX512F__)
-    case 8: return multiply_in_parts<Words, 8>(count, left, right, out, stride, accumulate);
-    case 7: return multiply_in_parts<Words, 7>(count, left, right, out, stride, accumulate);
+    case 8: return multiply_in_parts<Words, 8>(count, left, right, out, stride, ahead, accumulate);
+    case 7: return multiply_in_parts<Words, 7>(count, left, right, out, stride, ahead, accumulate);
 #endif
-    case 6: return multiply_in_parts<Words, 6>(count, left, right, out, stride, accumulate);
-    case 5: return multiply_in_parts<Words, 5>(count, left, right, out, stride, accumulate);
-    case 4: return multiply_in_parts<Words, 4>(count, left, right, out, stride, accumulate);
-    case 3: return multiply_in_parts<Words, 3>(count, left, right, out, stride, accumulate);
-    case 2: return multiply_in_parts<Words, 2>(count, left, right, out, stride, accumulate);
-    case 1: return multiply_in_parts<Words, 1>(count, left, right, out, stride, accumulate);
+    case 6: return multiply_in_parts<Words, 6>(count, left, right, out, stride, ahead, accumulate);
+    case 5: return multiply_in_parts<Words, 5>(count, left, right, out, stride, ahead, accumulate);
+    case 4: return multiply_in_parts<Words, 4>(count, left, right, out, stride, ahead, accumulate);
+    case 3: return multiply_in_parts<Words, 3>(count, left, right, out, stride, ahead, accumulate);
+    case 2: return multiply_in_parts<Words, 2>(count, left, right, out, stride, ahead, accumulate);
+    case 1: return multiply_in_parts<Words, 1>(count, left, right, out, stride, ahead, accumulate);
   }
 }
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Calls each(panel, first row, rows, packed rows) in an order that reads the packed rows of a block from the cache.
+struct Tile {
+  int64_t panel, first, rows;  // which panel; of the rows, which
+  const uint32_t* left;
+  int64_t strip, strips;  // of those that read the panel one after the other
+
+  // While a panel is in the cache, every strip asks for its share of the panel `words` further on. With a single strip,
+  // which waits for the memory in any case, that is a matter of the panel itself.
+  template <typename Words>
+  Ahead ahead(const uint32_t* right, int64_t count, int64_t words) const {
+    if (strips == 1) return same_panel<Words>(right);
+    const int64_t share = count * Words::kRight * 4 / strips;
+    return {reinterpret_cast<const char*>(right + words) + strip * share, Words::kRight * 4 / strips};
+  }
+};
+
+// Calls each(tile) in an order that reads the packed rows of a block from the cache.
 template <typename Words, typename Each>
 void for_each_tile(const LinearPanels& p, Each each) {
-  const int64_t strips = (p.rows + kStrip - 1) / kStrip, strip_words = words<Words>(p.depth) * Words::kLeft * kStrip;
-  for (int64_t block = 0; block < strips; block += kRowBlock)
+  const int64_t strips = (p.rows + kStrip - 1) / kStrip, strip_words = words<Words>(p.depth) * kStrip;
+  for (int64_t block = 0; block < strips; block += kRowBlock) {
+    const int64_t n = least(kRowBlock, strips - block);
     for (int64_t panel = p.first; panel < p.last; ++panel)
-      for (int64_t strip = block; strip < least(block + kRowBlock, strips); ++strip)
-        each(panel, strip * kStrip, least(kStrip, p.rows - strip * kStrip), p.left + strip * strip_words);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t first = (block + i) * kStrip;
+        each(Tile{panel, first, least(kStrip, p.rows - first), p.left + (block + i) * strip_words, i, n});
+      }
+  }
 }
 
 template <typename Words>
 void linear_of(const LinearPanels& p) {
-  const int64_t count = words<Words>(p.depth);
-  for_each_tile<Words>(p, [&](int64_t panel, int64_t first, int64_t rows, const uint32_t* left) {
-    const uint32_t* right = p.right + panel * count * kPanel;
-    const int64_t columns = least(kPanel, p.columns - panel * kPanel);
-    float* to = p.out + first * p.out_stride + panel * kPanel;
-    if (columns == kPanel) return multiply_rows<Words>(rows, count, left, right, to, p.out_stride, p.add);
+  const int64_t count = words<Words>(p.depth), panel_words = count * Words::kRight;
+  for_each_tile<Words>(p, [&](const Tile& t) {
+    const uint32_t* right = p.right + t.panel * panel_words;
+    const Ahead ahead = t.ahead<Words>(right, count, panel_words);
+    const int64_t columns = least(kPanel, p.columns - t.panel * kPanel);
+    float* to = p.out + t.first * p.out_stride + t.panel * kPanel;
+    if (columns == kPanel)
+      return multiply_rows<Words>(t.rows, count, t.left, right, to, p.out_stride, ahead, p.add);
     float tile[kStrip * kPanel];
-    multiply_rows<Words>(rows, count, left, right, tile, kPanel, false);
-    for (int64_t i = 0; i < rows; ++i)
+    multiply_rows<Words>(t.rows, count, t.left, right, tile, kPanel, ahead, false);
+    for (int64_t i = 0; i < t.rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
         to[i * p.out_stride + j] = tile[i * kPanel + j] + (p.add ? to[i * p.out_stride + j] : 0.0f);
   });
@@ -97,19 +119,22 @@ template <typename Words>
 void gated_of(const LinearPanels& p, uint32_t* packed) {
   using Out = typename PackedAs<Words>::Type;
   const int64_t count = words<Words>(p.depth), strip_words = words<Out>(p.columns) * kStrip;
-  for_each_tile<Words>(p, [&](int64_t panel, int64_t first, int64_t rows, const uint32_t* left) {
-    const uint32_t* right = p.right + 2 * panel * count * kPanel;
+  for_each_tile<Words>(p, [&](const Tile& t) {
+    const int64_t panel_words = count * Words::kRight;
+    const uint32_t *right = p.right + 2 * t.panel * panel_words, *up_right = right + panel_words;
     float gate[kStrip * kPanel], up[kStrip * kPanel];
-    multiply_rows<Words>(rows, count, left, right, gate, kPanel, false);
-    multiply_rows<Words>(rows, count, left, right + count * kPanel, up, kPanel, false);
-    for (int64_t i = 0; i < rows * kPanel; i += kLanes) {
+    multiply_rows<Words>(t.rows, count, t.left, right, gate, kPanel, t.ahead<Words>(right, count, 2 * panel_words),
+                         false);
+    multiply_rows<Words>(t.rows, count, t.left, up_right, up, kPanel,
+                         t.ahead<Words>(up_right, count, 2 * panel_words), false);
+    for (int64_t i = 0; i < t.rows * kPanel; i += kLanes) {
       const Float x = load<Float>(gate + i);
       store(gate + i, x / (exp(-x) + 1.0f) * load<Float>(up + i));
     }
-    const int64_t columns = least(kPanel, p.columns - panel * kPanel);
-    uint32_t* to = packed + first / kStrip * strip_words + panel * kPanel / Out::kDepth * kStrip;
+    const int64_t columns = least(kPanel, p.columns - t.panel * kPanel);
+    uint32_t* to = packed + t.first / kStrip * strip_words + t.panel * kPanel / Out::kDepth * kStrip;
     for (int64_t k = 0; k < words<Out>(columns); ++k)
-      for (int64_t i = 0; i < rows; ++i) to[k * kStrip + i] = Out::word(gate + i * kPanel, 1, k, columns);
+      for (int64_t i = 0; i < t.rows; ++i) to[k * kStrip + i] = Out::word(gate + i * kPanel, 1, k, columns);
   });
 }
 

@@ -69,7 +69,8 @@ void exponentials_of(const ExponentialBlock& block) {
                         block.columns - j < kPanel ? block.columns - j : kPanel, left.depth, right + j * count);
   for (int64_t first = 0; first < left.rows; first += kStrip) {
     for (int64_t j = 0; j < stride; j += kPanel)
-      multiply_in_parts<Words>(count, left.packed + first * count, right + j * count, logits + j, stride);
+      multiply_in_parts<Words>(count, left.packed + first * count, right + j * count, logits + j, stride,
+                               same_panel<Words>(right + j * count));
     const int64_t last = left.rows - first < kStrip ? left.rows : first + kStrip;
     for (int64_t row = first; row < last; ++row)
       exponentiate<kStore>(logits + (row - first) * stride, block.columns, block.inverse_temperature,

@@ -15,8 +15,8 @@ Tensor pack_linear(const Tensor& weight) {
   const Kernels& kernel = kernels();
   const int64_t columns = weight.size(0), depth = weight.size(1), panel = kernel.panel_columns;
   require(!bf16 || depth % 2 == 0, "a bfloat16 weight must have an even depth");
-  const int64_t panels = (columns + panel - 1) / panel, numbers = bf16 ? 2 : 1;
-  Tensor packed = torch::stable::new_empty(weight, {panels, depth / numbers, panel * numbers});
+  const int64_t panels = (columns + panel - 1) / panel;
+  Tensor packed = torch::stable::new_empty(weight, {panels, depth, panel});
   ask_for_large_pages(packed);
   const auto* from = static_cast<const char*>(weight.const_data_ptr());
   auto* to = static_cast<uint32_t*>(packed.mutable_data_ptr());
@@ -44,9 +44,10 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t columns) {
   const auto* right = static_cast<const uint32_t*>(packed.const_data_ptr());
   float* to = out.mutable_data_ptr<float>();
   const int64_t panels = packed.size(0);
-#pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads()) if (panels > 1)
-  for (int64_t i = 0; i < panels; ++i)
-    kernel.linear({left.data(), rows, depth, right, false, i, i + 1, columns, to, columns, false});
+  constexpr int64_t kChunk = 4;
+#pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads()) if (panels > kChunk)
+  for (int64_t i = 0; i < panels; i += kChunk)
+    kernel.linear({left.data(), rows, depth, right, false, i, std::min(i + kChunk, panels), columns, to, columns, false});
   return out;
 }
 

@@ -21,14 +21,21 @@ constexpr int kStrip = 6, kVectors = 2;  // 12 of 16
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int64_t kDepthBlock = 128;  // words; of all columns, they stay in the second-level cache
 
-// What a word of the right operand holds, and how it is multiplied with kLeft words of the left one.
+// What a step along the depth is in an operand, and how one of each is multiplied.
 struct Fp32Words {
-  static constexpr int64_t kDepth = 1, kLeft = 1;  // numbers a word; words of the left operand a word of the right
+  using Word = uint32_t;
+  static constexpr int64_t kDepth = 1;  // numbers a word
+  static constexpr int64_t kRight = kPanel;  // 32-bit words of a panel that belong to a step
   template <int kRows>
   static inline __attribute__((always_inline)) void multiply_add(Float (&sum)[kRows][kVectors], const uint32_t* left,
                                                                  const uint32_t* right) {
     Float columns[kVectors];
     for (int j = 0; j < kVectors; ++j) columns[j] = load<Float>(right + j * kLanes);
+    add_rows<kRows>(sum, left, columns);
+  }
+  template <int kRows>
+  static inline __attribute__((always_inline)) void add_rows(Float (&sum)[kRows][kVectors], const uint32_t* left,
+                                                             const Float (&columns)[kVectors]) {
     for (int i = 0; i < kRows; ++i) {
       const float x = load<float>(left + i);
       for (int j = 0; j < kVectors; ++j) sum[i][j] += x * columns[j];
@@ -44,39 +51,18 @@ struct Fp32Words {
   }
 };
 
-// Pairs of bf16.
-struct PairWords {
-  static constexpr int64_t kDepth = 2;
-  static uint32_t bits(uint16_t x) { return x; }
-  static uint32_t bits(float x) {
-    uint16_t rounded;
-    narrow(x, &rounded);
-    return rounded;
-  }
-  template <typename Scalar>
-  static uint32_t word(const Scalar* from, int64_t step, int64_t k, int64_t depth) {
-    return bits(from[2 * k * step]) | (2 * k + 1 < depth ? bits(from[(2 * k + 1) * step]) << 16 : 0);
-  }
-};
-
-// Of a weight that stays in bf16 to be read faster, while the left operand is fp32.
-struct WidenedWords : PairWords {
-  static constexpr int64_t kLeft = 2;
+// A weight that stays in bf16, to be read faster, and is multiplied with fp32 rows.
+struct WidenedWords {
+  using Word = uint16_t;
+  static constexpr int64_t kDepth = 1, kRight = kPanel / 2;
   template <int kRows>
   static inline __attribute__((always_inline)) void multiply_add(Float (&sum)[kRows][kVectors], const uint32_t* left,
                                                                  const uint32_t* right) {
-    for (int half = 0; half < 2; ++half) {
-      Float columns[kVectors];
-      for (int j = 0; j < kVectors; ++j) {
-        const Uint pair = load<Uint>(right + j * kLanes);  // again for the second half: registers are scarce
-        columns[j] = half == 0 ? (Float)(pair << 16) : (Float)(pair & 0xffff0000u);
-      }
-      for (int i = 0; i < kRows; ++i) {
-        const float x = load<float>(left + half * kStrip + i);
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += x * columns[j];
-      }
-    }
+    Float columns[kVectors];
+    for (int j = 0; j < kVectors; ++j) columns[j] = widen_vector(reinterpret_cast<const uint16_t*>(right) + j * kLanes);
+    Fp32Words::add_rows<kRows>(sum, left, columns);
   }
+  static uint16_t word(const uint16_t* from, int64_t step, int64_t k, int64_t) { return from[k * step]; }
 };
 
 // For a left and a right operand of these types.
@@ -86,8 +72,9 @@ struct WordsOf {
 };
 
 #if defined(__AVX512BF16__)
-struct Bf16Words : PairWords {
-  static constexpr int64_t kLeft = 1;
+struct Bf16Words {
+  using Word = uint32_t;
+  static constexpr int64_t kDepth = 2, kRight = kPanel;
   template <int kRows>
   static inline __attribute__((always_inline)) void multiply_add(Float (&sum)[kRows][kVectors], const uint32_t* left,
                                                                  const uint32_t* right) {
@@ -97,6 +84,16 @@ struct Bf16Words : PairWords {
       for (int j = 0; j < kVectors; ++j)
         sum[i][j] = (Float)_mm512_dpbf16_ps((__m512)sum[i][j], (__m512bh)_mm512_set1_epi32((int)left[i]),
                                            (__m512bh)columns[j]);
+  }
+  static uint32_t bits(uint16_t x) { return x; }
+  static uint32_t bits(float x) {
+    uint16_t rounded;
+    narrow(x, &rounded);
+    return rounded;
+  }
+  template <typename Scalar>
+  static uint32_t word(const Scalar* from, int64_t step, int64_t k, int64_t depth) {
+    return bits(from[2 * k * step]) | (2 * k + 1 < depth ? bits(from[(2 * k + 1) * step]) << 16 : 0);
   }
 };
 template <>
@@ -114,7 +111,7 @@ constexpr int64_t words(int64_t depth) {
 
 // Packs n <= kWidth rows or columns, `stride` apart, whose numbers along the depth are `step` apart; the rest is 0.
 template <typename Words, int64_t kWidth, typename Scalar>
-void pack(const Scalar* from, int64_t stride, int64_t step, int64_t n, int64_t depth, uint32_t* to) {
+void pack(const Scalar* from, int64_t stride, int64_t step, int64_t n, int64_t depth, typename Words::Word* to) {
   const int64_t count = words<Words>(depth);
   if (n < kWidth) memset(to, 0, count * kWidth * sizeof *to);
   if (stride == 1 && n == kWidth) {
@@ -134,13 +131,25 @@ void pack(const Scalar* from, int64_t stride, int64_t step, int64_t n, int64_t d
   }
 }
 
+// Memory to ask for while a product is under way: `step` bytes further with each step along the depth.
+struct Ahead {
+  const char* from;
+  int64_t step;
+};
+
+// The panel itself, some lines before they are needed.
+template <typename Words>
+Ahead same_panel(const uint32_t* right) {
+  return {reinterpret_cast<const char*>(right + 24 * kPanel), Words::kRight * 4};
+}
+
 // out[kRows, kPanel] (+)= one strip, or the first rows of one, times one panel.
 template <typename Words, bool kAccumulate, int kRows = kStrip>
-void multiply(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride) {
+void multiply(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride, Ahead ahead) {
   Float sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
-    __builtin_prefetch(right + (k + 24) * kPanel);
-    Words::template multiply_add<kRows>(sum, left + k * Words::kLeft * kStrip, right + k * kPanel);
+    __builtin_prefetch(ahead.from + k * ahead.step);
+    Words::template multiply_add<kRows>(sum, left + k * kStrip, right + k * Words::kRight);
   }
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) {
@@ -152,15 +161,16 @@ void multiply(int64_t count, const uint32_t* left, const uint32_t* right, float*
 // The same in parts. Sums of many terms, one after the other, lose digits; sums of sums lose fewer.
 template <typename Words, int kRows = kStrip>
 void multiply_in_parts(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride,
-                       bool accumulate = false) {
-  constexpr int64_t kPart = 256;  // words
+                       Ahead ahead, bool accumulate = false) {
+  constexpr int64_t kPart = 256;  // steps
   for (int64_t k = 0; k < count; k += kPart) {
     const int64_t n = count - k < kPart ? count - k : kPart;
-    const uint32_t* rows = left + k * Words::kLeft * kStrip;
+    const uint32_t *rows = left + k * kStrip, *columns = right + k * Words::kRight;
+    const Ahead next{ahead.from + k * ahead.step, ahead.step};
     if (accumulate || k > 0)
-      multiply<Words, true, kRows>(n, rows, right + k * kPanel, out, stride);
+      multiply<Words, true, kRows>(n, rows, columns, out, stride, next);
     else
-      multiply<Words, false, kRows>(n, rows, right + k * kPanel, out, stride);
+      multiply<Words, false, kRows>(n, rows, columns, out, stride, next);
   }
 }
 
@@ -181,7 +191,7 @@ template <typename Words>
 void multiply_edge(int64_t count, const uint32_t* left, const uint32_t* right, float* out, int64_t stride, int64_t rows,
                    int64_t columns) {
   float tile[kStrip * kPanel];
-  multiply<Words, false>(count, left, right, tile, kPanel);
+  multiply<Words, false>(count, left, right, tile, kPanel, same_panel<Words>(right));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) out[i * stride + j] += tile[i * kPanel + j];
 }
@@ -203,7 +213,8 @@ void product_of(const ProductBlock& block) {
       for (int64_t j = 0; j < right.columns; j += kPanel) {
         const int64_t columns = right.columns - j < kPanel ? right.columns - j : kPanel;
         if (rows == kStrip && columns == kPanel)
-          multiply<Words, true>(count, block.scratch, packed + j * count, out + j, block.out_stride);
+          multiply<Words, true>(count, block.scratch, packed + j * count, out + j, block.out_stride,
+                                same_panel<Words>(packed + j * count));
         else
           multiply_edge<Words>(count, block.scratch, packed + j * count, out + j, block.out_stride, rows, columns);
       }
