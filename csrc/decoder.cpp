@@ -3,8 +3,6 @@
 // T tokens   R rows whose logits are wanted   L layers   D hidden size   Hq, Hkv heads of dimension d   F gated width
 // V vocabulary
 
-#include <omp.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -87,7 +85,7 @@ class Packed {
 
 // Chunks of panels, small enough that threads finish together, large enough that few are handed out.
 struct Chunks {
-  explicit Chunks(int64_t panels, int threads) : panels(panels), size(std::clamp<int64_t>(panels / (4 * threads), 1, 8)) {}
+  explicit Chunks(int64_t panels, int threads) : panels(panels), size(std::clamp<int64_t>(panels / (8 * threads), 1, 8)) {}
   int64_t count() const { return (panels + size - 1) / size; }
   int64_t first(int64_t i) const { return i * size; }
   int64_t last(int64_t i) const { return std::min(panels, (i + 1) * size); }
@@ -164,7 +162,7 @@ Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const
   Team team(10 * layers + 3);
 #pragma omp parallel num_threads(threads)
   {
-    Team::Member member(team, omp_get_num_threads());
+    Member member(team);
     const auto product = [&](Packed& left, const Linear& linear, float* out, int64_t stride, bool add) {
       const Chunks chunks(linear.panels, threads);
       member.for_each(chunks.count(), [&](int64_t i) {

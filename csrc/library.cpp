@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(negotiator_kernels, m) {
   m.def(
       "exponentials(Tensor hidden, Tensor weight, Tensor anchors, float temperature, Tensor(a!)? out) -> "
       "(Tensor, Tensor)");
-  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def("pack_linear(Tensor weight, Tensor? second=None) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int columns) -> Tensor");
   m.def(
       "decoder(Tensor(a!) hidden, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, Tensor new_slots, "

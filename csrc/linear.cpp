@@ -1,30 +1,37 @@
 // y = x weight^T for a weight that is used many times: repacked once, so that a product of few rows reads it in one stream.
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels.h"
 #include "operators.h"
 
 namespace negotiator {
 
-Tensor pack_linear(const Tensor& weight) {
+Tensor pack_linear(const Tensor& weight, const std::optional<Tensor>& second) {
   const bool bf16 = weight.scalar_type() == ScalarType::BFloat16;
-  require(weight.is_cpu() && weight.dim() == 2 && (bf16 || weight.scalar_type() == ScalarType::Float),
-          "weight must be [columns, depth] float32 or bfloat16 on the CPU");
-  require(weight.numel() == 0 || weight.stride(1) == 1, "weight must have a contiguous last dimension");
+  require(bf16 || weight.scalar_type() == ScalarType::Float, "weight must be float32 or bfloat16");
+  std::vector<Tensor> weights{weight};
+  if (second) weights.push_back(*second);
+  for (const Tensor& w : weights)
+    require(w.is_cpu() && w.dim() == 2 && w.scalar_type() == weight.scalar_type() && w.size(0) == weight.size(0) &&
+                w.size(1) == weight.size(1) && (w.numel() == 0 || w.stride(1) == 1),
+            "weights must be [columns, depth] on the CPU with a contiguous last dimension, of one size and dtype");
   const Kernels& kernel = kernels();
   const int64_t columns = weight.size(0), depth = weight.size(1), panel = kernel.panel_columns;
   require(!bf16 || depth % 2 == 0, "a bfloat16 weight must have an even depth");
-  const int64_t panels = (columns + panel - 1) / panel;
-  Tensor packed = torch::stable::new_empty(weight, {panels, depth, panel});
+  const int64_t panels = (columns + panel - 1) / panel, count = static_cast<int64_t>(weights.size());
+  Tensor packed = torch::stable::new_empty(weight, {panels * count, depth, panel});
   ask_for_large_pages(packed);
-  const auto* from = static_cast<const char*>(weight.const_data_ptr());
   auto* to = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  const int64_t stride = weight.stride(0), bytes = weight.element_size(), words = kernel.linear_words(depth, bf16);
+  const int64_t bytes = weight.element_size(), words = kernel.linear_words(depth, bf16);
 #pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads())
-  for (int64_t i = 0; i < panels; ++i)
-    kernel.pack_linear(from + i * panel * stride * bytes, stride, std::min(panel, columns - i * panel), depth, bf16,
-                       to + i * words);
+  for (int64_t i = 0; i < panels * count; ++i) {
+    const Tensor& from = weights[i % count];
+    const int64_t first = i / count * panel;
+    kernel.pack_linear(static_cast<const char*>(from.const_data_ptr()) + first * from.stride(0) * bytes, from.stride(0),
+                       std::min(panel, columns - first), depth, bf16, to + i * words);
+  }
   return packed;
 }
 

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
 
 std::tuple<Tensor, Tensor> exponentials(const Tensor& hidden, const Tensor& weight, const Tensor& anchors,
                                         double temperature, const std::optional<Tensor>& out);
-Tensor pack_linear(const Tensor& weight);
+Tensor pack_linear(const Tensor& weight, const std::optional<Tensor>& second);
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t columns);
 Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
                const Tensor& new_slots, const Tensor& slots, const Tensor& slot_starts, const Tensor& query_starts,

@@ -1,5 +1,6 @@
-// Threads that stay together through many short phases. A barrier of theirs costs a microsecond: OpenMP's own, with threads
-// that sleep while they wait, costs fifty, and a pass through a model has hundreds.
+// Threads that go through many short phases together. What a phase waits for is its work, not its threads: one that the
+// system keeps from running holds nobody up unless it was in the middle of something. Waiting costs a microsecond; at a
+// barrier of OpenMP's, whose threads sleep while they wait, it costs fifty, and a pass through a model has hundreds.
 #pragma once
 
 #include <atomic>
@@ -15,44 +16,34 @@ namespace negotiator {
 class Team {
  public:
   // For threads that all go through the same `phases` phases.
-  explicit Team(int64_t phases) : counters_(phases) {}
-
-  // One thread's way through the phases.
-  class Member {
-   public:
-    // `threads`: how many members the team has.
-    Member(Team& team, int threads) : team_(team), threads_(threads) {}
-
-    // All members call it with the same count; each of 0 .. count-1 is done by one of them, whoever is free. Returns when
-    // all are done.
-    template <typename Work>
-    void for_each(int64_t count, Work work) {
-      std::atomic<int64_t>& next = team_.counters_[phase_++].value;
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) work(i);
-      team_.wait(threads_);
-    }
-
-   private:
-    Team& team_;
-    const int threads_;
-    int64_t phase_ = 0;
-  };
+  explicit Team(int64_t phases) : phases_(phases) {}
 
  private:
-  struct alignas(64) Counter {
-    std::atomic<int64_t> value{0};
+  friend class Member;
+  struct alignas(64) Phase {
+    std::atomic<int64_t> next{0}, done{0};
   };
+  std::vector<Phase> phases_;
+};
 
-  void wait(int threads) {
-    const int64_t round = round_.load();
-    if (arrived_.fetch_add(1) + 1 == threads) {
-      arrived_.store(0);
-      round_.store(round + 1);
-      return;
+// One thread's way through the phases of a team.
+class Member {
+ public:
+  explicit Member(Team& team) : phase_(team.phases_.data()) {}
+
+  // Every member calls it with the same count. Each of 0 .. count-1 is done by one of them, whoever is free. Returns when
+  // all are done, though other members may not have come here yet.
+  template <typename Work>
+  void for_each(int64_t count, Work work) {
+    Team::Phase& phase = *phase_++;
+    for (int64_t i = phase.next.fetch_add(1); i < count; i = phase.next.fetch_add(1)) {
+      work(i);
+      phase.done.fetch_add(1);
     }
-    for (int64_t spins = 0; round_.load() == round; ++spins) pause(spins);
+    for (int64_t spins = 0; phase.done.load() < count; ++spins) pause(spins);
   }
 
+ private:
   // Spins at first; then lets others run, who may be what everybody waits for.
   static void pause(int64_t spins) {
 #if defined(__x86_64__)
@@ -63,9 +54,7 @@ class Team {
 #endif
   }
 
-  std::vector<Counter> counters_;
-  std::atomic<int> arrived_{0};
-  std::atomic<int64_t> round_{0};
+  Team::Phase* phase_;
 };
 
 }  // namespace negotiator

@@ -74,7 +74,7 @@ def make_plan(
         )
 
     local_judge = lengths.judge_prompt > 0
-    packed = device.type == "cpu" and dtype == torch.float32  # see negotiator_kernels.linear
+    packed = device.type == "cpu"  # see engines.native_forward and negotiator_kernels.linear
     hidden, layers = model.hidden_size, model.num_hidden_layers
     head_dim = getattr(model, "head_dim", None) or hidden // model.num_attention_heads
     kv_width = model.num_key_value_heads * head_dim

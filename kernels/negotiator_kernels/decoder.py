@@ -58,7 +58,7 @@ class LayerWeights(NamedTuple):
             k_norm=empty if k_norm is None else k_norm.float(),
             output=pack(output),
             post_norm=post_norm.float(),
-            gate_up=torch.stack((pack(gate), pack(up)), dim=1).flatten(0, 1),
+            gate_up=pack(gate, up),
             down=pack(down),
         )
 
