@@ -22,7 +22,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
             std::string(name) + " must be on the CPU with a contiguous last dimension");
   }
   const int64_t kv_heads = k_cache.size(1);
-  require(kv_heads > 0 && q.size(1) % kv_heads == 0, "the heads of q must be a multiple of those of k_cache");
+  require(kv_heads > 0 && q.size(1) > 0 && q.size(1) % kv_heads == 0,
+          "the heads of q must be a multiple of those of k_cache");
   require_vector(slots, "slots", ScalarType::Long, slots.numel());
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   const Segments segments = segments_of(slot, slot_starts, query_starts, slots.numel(), q.size(0));
@@ -52,14 +53,11 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
       .q_bf16 = dtype == ScalarType::BFloat16,
       .kv_bf16 = dtype == ScalarType::BFloat16,
   };
-  AlignedWords memory(plan.parts_size(data.heads, data.dim));
-  float* parts = reinterpret_cast<float*>(memory.data());
-#pragma omp parallel num_threads(torch::stable::get_num_threads()) if (plan.tiles() > 1)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < plan.tiles(); ++i) plan.run(i, data, parts);
-#pragma omp for
-    for (int64_t t = 0; t < plan.queries(); ++t) plan.merge(t, data, parts);
+  AlignedWords memory(plan.states_size(data.heads, data.dim));
+  float* states = reinterpret_cast<float*>(memory.data());
+  for (int64_t wave = 0; wave < plan.waves(); ++wave) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(torch::stable::get_num_threads()) if (plan.tiles(wave) > 1)
+    for (int64_t i = 0; i < plan.tiles(wave); ++i) plan.run(wave, i, data, states);
   }
   return out;
 }

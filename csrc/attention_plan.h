@@ -1,4 +1,8 @@
 // Which queries see which keys, in pieces such that keys seen by several sequences are read once for all of them.
+//
+// A query that several pieces make up goes from one to the next, wave by wave, with the state of its softmax. Pieces end
+// where blocks of keys do, so that the result has the same bits however its sequence is cut up: it depends neither on
+// what is cached nor on who is computed beside it.
 #pragma once
 
 #include <cstddef>
@@ -34,34 +38,33 @@ class AttentionPlan {
  public:
   AttentionPlan(const Segments& segments, int64_t heads, int64_t kv_heads);
 
-  // Work items, which may be done in any order by any thread; after all of them, the queries [0, queries) to be merged.
-  int64_t tiles() const { return static_cast<int64_t>(tiles_.size()); }
-  int64_t queries() const { return static_cast<int64_t>(part_starts_.size()) - 1; }
-  // Floats that `parts` must have room for.
-  int64_t parts_size(int64_t heads, int64_t dim) const { return part_starts_.back() * heads * (dim + 2); }
+  // Tiles of one wave may be done in any order by any thread; a wave needs those before it to be complete.
+  int64_t waves() const { return static_cast<int64_t>(tiles_.size()); }
+  int64_t tiles(int64_t wave) const { return static_cast<int64_t>(tiles_[wave].size()); }
+  // Floats that `states` must have room for.
+  int64_t states_size(int64_t heads, int64_t dim) const { return waves() > 1 ? queries_ * heads * (dim + 2) : 0; }
 
-  void run(int64_t tile, const AttentionData& data, float* parts) const;
-  void merge(int64_t query, const AttentionData& data, const float* parts) const;
+  void run(int64_t wave, int64_t tile, const AttentionData& data, float* states) const;
 
  private:
   struct Piece {
-    const int64_t* slots;  // of its keys
-    int64_t keys;          // that the first query sees
-    int64_t first, queries;  // in tokens_ and part_of_
-    int64_t step;            // keys that each further query sees more
+    const int64_t* slots;    // of its keys
+    int64_t keys;            // that the first query sees
+    int64_t first, queries;  // in tokens_
+    int64_t step;            // keys that each further query sees more; 0 in a piece that others follow
   };
   struct Tile {
     int64_t piece, kv_head, cost;
   };
 
-  void cover(const Segments& segments, std::vector<int64_t> members, int64_t from);
-  void add_pieces(const int64_t* slots, int64_t keys, const std::vector<int32_t>& tokens, int64_t step);
+  void cover(const Segments& segments, std::vector<int64_t> members, int64_t from, size_t wave);
+  void add_pieces(const int64_t* slots, int64_t keys, const std::vector<int32_t>& tokens, int64_t step, size_t wave);
 
-  int64_t most_queries_;  // of a piece
+  int64_t kv_heads_, most_queries_;  // of a piece
+  int64_t queries_;
   std::vector<Piece> pieces_;
-  std::vector<Tile> tiles_;
-  std::vector<int32_t> tokens_, part_of_;
-  std::vector<int64_t> part_starts_;  // of each query; one that is seen in a single piece has none
+  std::vector<std::vector<Tile>> tiles_;  // by wave
+  std::vector<int32_t> tokens_;
 };
 
 float* thread_scratch(int64_t floats);

@@ -45,6 +45,12 @@ Linear linear_of(const Tensor& packed, int64_t columns, int64_t depth, int64_t c
   return {static_cast<const uint32_t*>(packed.const_data_ptr()), depth, columns, panels, bf16};
 }
 
+bool same_size(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < 4; ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
 void require_matrix(const Tensor& x, int64_t rows, int64_t columns, const char* name) {
   require(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous() &&
               x.size(0) == rows && x.size(1) == columns,
@@ -103,11 +109,11 @@ Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const
   require_matrix(hidden, tokens, width, "hidden");
   for (const auto& [cache, name] : {std::pair{&keys, "keys"}, {&values, "values"}})
     require(cache->is_cpu() && cache->dim() == 4 && cache->is_contiguous() &&
-                cache->scalar_type() == keys.scalar_type() && cache->numel() == keys.numel() &&
+                cache->scalar_type() == keys.scalar_type() && same_size(*cache, keys) &&
                 (keys.scalar_type() == ScalarType::Float || keys.scalar_type() == ScalarType::BFloat16),
             std::string(name) + " must be contiguous [layers, slots, kv heads, dim], float32 or bfloat16, on the CPU");
   const int64_t layers = keys.size(0), pool = keys.size(1), kv_heads = keys.size(2), dim = keys.size(3);
-  require(kv_heads > 0 && heads % kv_heads == 0 && dim % 2 == 0, "heads must be a multiple of the kv heads, dim even");
+  require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && dim % 2 == 0, "heads must be a multiple of the kv heads, dim even");
   const int64_t all_heads = heads + 2 * kv_heads;
   require_matrix(cos, tokens, dim, "cos");
   require_matrix(sin, tokens, dim, "sin");
@@ -145,10 +151,10 @@ Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const
   const float eps = static_cast<float>(epsilon);
   const AttentionPlan plan(sequences, heads, kv_heads);
   AlignedWords qkv_memory(tokens * all_heads * dim), attended_memory(tokens * heads * dim);
-  AlignedWords parts_memory(plan.parts_size(heads, dim)), last_memory(wanted * width);
+  AlignedWords states_memory(plan.states_size(heads, dim)), last_memory(wanted * width);
   float* qkv = reinterpret_cast<float*>(qkv_memory.data());
   float* attended = reinterpret_cast<float*>(attended_memory.data());
-  float* parts = reinterpret_cast<float*>(parts_memory.data());
+  float* states = reinterpret_cast<float*>(states_memory.data());
   float* last = reinterpret_cast<float*>(last_memory.data());
   Packed normed(tokens, width, bf16), mixed(tokens, heads * dim, bf16), gate(tokens, gated_width, bf16);
   Packed final_rows(wanted, width, logits_of.bf16);
@@ -159,7 +165,7 @@ Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const Kernels& kernel = kernels();
 
-  Team team(10 * layers + 3);
+  Team team((8 + plan.waves()) * layers + 3);
 #pragma omp parallel num_threads(threads)
   {
     Member member(team);
@@ -200,8 +206,8 @@ Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const
                                .scale = static_cast<float>(scale),
                                .q_bf16 = false,
                                .kv_bf16 = kv_bf16};
-      member.for_each(plan.tiles(), [&](int64_t i) { plan.run(i, data, parts); });
-      member.for_each(plan.queries(), [&](int64_t t) { plan.merge(t, data, parts); });
+      for (int64_t wave = 0; wave < plan.waves(); ++wave)
+        member.for_each(plan.tiles(wave), [&](int64_t i) { plan.run(wave, i, data, states); });
       pack(mixed, attended, nullptr);
       product(mixed, w.output, x, width, true);
       pack(normed, x, w.post_norm);

@@ -11,7 +11,6 @@
 
 namespace {
 
-using negotiator::AttentionMerge;
 using negotiator::AttentionTile;
 using negotiator::kKeyBlock;
 
@@ -132,6 +131,10 @@ void softmax_step(const Scratch& s, int64_t start, int64_t n, bool masked) {
   }
 }
 
+float* state_of(const AttentionTile& tile, int64_t row) {
+  return tile.states + tile.tokens[row / tile.group] * tile.state_stride + row % tile.group * (tile.dim + 2);
+}
+
 template <typename Query, typename Key>
 void attend(const AttentionTile& tile) {
   const int64_t rows = tile.queries * tile.group;
@@ -154,6 +157,11 @@ void attend(const AttentionTile& tile) {
   for (int64_t r = 0; r < rows; ++r) {
     const Query* row = q + tile.tokens[r / tile.group] * tile.q_stride + r % tile.group * tile.q_head_stride;
     for (int64_t d = 0; d < tile.dim; ++d) s.q[d * s.rows + r] = widen(row[d]) * scale;
+    if (!tile.from_state) continue;
+    const float* state = state_of(tile, r);
+    memcpy(s.sum + r * s.dim, state, tile.dim * sizeof(float));
+    s.top[r] = state[tile.dim];
+    s.total[r] = state[tile.dim + 1];
   }
 
   const int64_t keys = tile.first_visible + (tile.queries - 1) * tile.step;  // seen by at least one row
@@ -180,15 +188,14 @@ void attend(const AttentionTile& tile) {
   }
 
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t query = r / tile.group, head = r % tile.group;
-    if (tile.part_of != nullptr) {
-      float* part = tile.parts + tile.part_of[query] * tile.part_stride + head * (tile.dim + 2);
-      memcpy(part, s.sum + r * s.dim, tile.dim * sizeof(float));
-      part[tile.dim] = s.top[r];
-      part[tile.dim + 1] = s.total[r];
+    if (tile.to_state) {
+      float* state = state_of(tile, r);
+      memcpy(state, s.sum + r * s.dim, tile.dim * sizeof(float));
+      state[tile.dim] = s.top[r];
+      state[tile.dim + 1] = s.total[r];
       continue;
     }
-    Query* row = out + tile.tokens[query] * tile.out_stride + head * tile.out_head_stride;
+    Query* row = out + tile.tokens[r / tile.group] * tile.out_stride + r % tile.group * tile.out_head_stride;
     const float inverse = 1.0f / s.total[r];
     for (int64_t d = 0; d < tile.dim; ++d) narrow(s.sum[r * s.dim + d] * inverse, row + d);
   }
@@ -200,27 +207,6 @@ void attention(const AttentionTile& tile) {
   else
     tile.kv_bf16 ? attend<float, uint16_t>(tile) : attend<float, float>(tile);
 }
-
-// One head of one query, whose keys were seen in parts.
-template <typename Scalar>
-void merge(const AttentionMerge& m) {
-  auto* out = static_cast<Scalar*>(m.out);
-  float top = -__builtin_inff(), total = 0;
-  for (int64_t i = 0; i < m.count; ++i) {
-    const float part_top = m.parts[i * m.part_stride + m.dim];
-    top = part_top > top ? part_top : top;
-  }
-  memset(m.scratch, 0, m.dim * sizeof(float));
-  for (int64_t i = 0; i < m.count; ++i) {
-    const float* part = m.parts + i * m.part_stride;
-    const float weight = exp2(splat(part[m.dim] - top))[0];
-    total += part[m.dim + 1] * weight;
-    for (int64_t d = 0; d < m.dim; ++d) m.scratch[d] += part[d] * weight;
-  }
-  for (int64_t d = 0; d < m.dim; ++d) narrow(m.scratch[d] / total, out + d);
-}
-
-void attention_merge(const AttentionMerge& m) { m.bf16 ? merge<uint16_t>(m) : merge<float>(m); }
 
 float maximum(const float* x, int64_t n) {
   float top = x[0];
@@ -310,7 +296,6 @@ const Kernels KERNELS = {
     KERNELS_NAME,
     attention_scratch,
     attention,
-    attention_merge,
     maximum,
     exponentials,
     block_columns,

@@ -13,31 +13,24 @@ namespace negotiator {
 constexpr int64_t kKeyBlock = 48;
 
 // One tile of attention: the `group` query heads of one key/value head, for some queries.
-// Row r of the tile is query r / group, head r % group; it sees keys [0, first_visible + r / group * step).
+// Row r of the tile is query r / group, head r % group; it sees keys [0, first_visible + r / group * step). Keys are taken
+// in blocks of kKeyBlock, and what a row does with a block depends on nothing else: an attention that stops between two
+// blocks and goes on from its state gives the same bits as one that does not.
 struct AttentionTile {
   const void* q;          // token 0, first head of the group
   const int32_t* tokens;  // [queries], where each lies in q and out
   const void* k;          // the pool, at this key/value head
   const void* v;
   void* out;
-  float* parts;          // unfinished results, if part_of is not null, [part][heads][dim sums, maximum, total]
-  const int32_t* part_of;  // [queries]
-  const int64_t* slots;    // of the keys
+  float* states;  // of all tokens, at this key/value head: [tokens][heads][dim sums, maximum, total]
+  bool from_state, to_state;  // goes on from there; leaves its own there instead of a result
+  const int64_t* slots;  // of the keys
   int64_t queries, group, dim;
   int64_t first_visible, step;
-  ptrdiff_t q_stride, q_head_stride, k_stride, v_stride, out_stride, out_head_stride, part_stride;  // in elements
+  ptrdiff_t q_stride, q_head_stride, k_stride, v_stride, out_stride, out_head_stride, state_stride;  // in elements
   float scale;
   bool q_bf16, kv_bf16;  // else fp32; out is like q
   float* scratch;        // attention_scratch() floats, aligned to 64 bytes
-};
-
-// One head of one query whose keys were seen in parts, put together.
-struct AttentionMerge {
-  const float* parts;  // the first of them
-  int64_t count, part_stride, dim;
-  void* out;
-  bool bf16;       // else fp32
-  float* scratch;  // [dim]
 };
 
 // The rows of the left operand of a product, repacked for it.
@@ -125,7 +118,6 @@ struct Kernels {
   const char* name;
   int64_t (*attention_scratch)(int64_t rows, int64_t dim);
   void (*attention)(const AttentionTile& tile);
-  void (*attention_merge)(const AttentionMerge& merge);
   // Largest of n > 0 numbers.
   float (*maximum)(const float* x, int64_t n);
   // weights[i] = exp((x[i] - shift) * factor), for arguments <= 0; returns their sum, NaN if any is NaN.
