@@ -1,6 +1,7 @@
 # make train   set everything up, then negotiate and learn (ARGS="--steps 20" and the like are passed on)
 # make test    set everything up, then run the tests (ARGS="-k attention" and the like are passed on)
 # make check   linter, formatter and type checker
+# make test-sglang   the tests against real SGLang servers, in an environment of their own (make sglang)
 # make env, make model, make clean
 
 PYTHON ?= python3
@@ -15,14 +16,18 @@ TRITON := triton==3.6.0
 
 DEPENDENCIES := .venv/dependencies.stamp
 PACKAGE := .venv/package.stamp
+SGLANG := .venv-sglang/environment.stamp
 
-.PHONY: train test check env model clean
+.PHONY: train test test-sglang check env model sglang clean
 
 train: env model
 	.venv/bin/python -m negotiator.train --config configs/quickstart.yaml $(ARGS)
 
 test: env model
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -m "not sglang" $(ARGS)
+
+test-sglang: env model sglang
+	.venv/bin/python -m pytest -m sglang $(ARGS)
 
 check: env
 	.venv/bin/ruff check .
@@ -33,9 +38,14 @@ env: $(PACKAGE)
 
 model: $(MODEL)/model.safetensors
 
+sglang: $(SGLANG)
+
+# A recipe's first line, for both environments.
+IS_PYTHON = @command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+
 $(DEPENDENCIES): requirements.txt
-	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(IS_PYTHON)
 	$(PYTHON) -m venv .venv
 	@echo "installing the dependencies; the first time takes some minutes"
 	.venv/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
@@ -49,10 +59,15 @@ $(PACKAGE): $(DEPENDENCIES) pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	.venv/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,model]'
 	@touch $@
 
+$(SGLANG): requirements-sglang.txt scripts/sglang_env.sh scripts/sglang_cpu.py
+	$(IS_PYTHON)
+	@scripts/sglang_env.sh $(PYTHON)
+	@touch $@
+
 # Renamed into place when it is complete, so that it is there means that it is whole.
 $(MODEL)/model.safetensors: | $(PACKAGE)
 	.venv/bin/python -m negotiator.fetch_model --to $(MODEL)
 
 clean:
-	rm -rf .venv build models .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sglang build models .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,8 +6,9 @@ Triton's are compiled here; those of `csrc/` have been, if there was a CUDA comp
     python -m benchmarks.aot gemm       those whose label contains "gemm"
 
 Per variant: registers a thread, bytes spilled, shared memory a block, and how often the instructions occur that tell a
-good kernel from a slow one: HGMMA (tensor cores, a warpgroup at a time), UTMALDG and UTMASTG (the copy engine), LDG and
-STG (device memory), those of them that move 16 bytes. Exits with 1 if a kernel spills or needs more shared memory than
+good kernel from a slow one: HGMMA and HMMA (tensor cores, a warpgroup and a warp at a time), UTMALDG and UTMASTG (the
+copy engine), LDGSTS (device to shared memory, behind the back of the registers), LDG and STG (device memory), those of
+them that move 16 bytes. Exits with 1 if a kernel spills or needs more shared memory than
 a block can have, which Triton itself finds out only at the launch. The last line on stdout is JSON.
 """
 
@@ -29,15 +30,17 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from negotiator_kernels import triton_exponentials, triton_gemm, triton_objective
+from negotiator_kernels import triton_attention, triton_exponentials, triton_gemm, triton_objective
 from negotiator_kernels.availability import native_has_cuda, native_off_reason
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 232_448  # bytes a block, static and dynamic together
 INSTRUCTIONS = {
     "HGMMA": r"HGMMA",
+    "HMMA": r"\bHMMA",
     "UTMALDG": r"UTMALDG",
     "UTMASTG": r"UTMASTG",
+    "LDGSTS": r"\bLDGSTS",
     "LDG": r"\bLDG\.",
     "LDG.128": r"\bLDG\.\S*\b128\b",
     "STG": r"\bSTG\.",
@@ -71,7 +74,7 @@ class Report(NamedTuple):
 
 def variants() -> list[Variant]:
     """Every kernel that the package launches, in its hot variants."""
-    return [*_row_kernels(), *_gemms(), *_objectives()]
+    return [*_row_kernels(), *_gemms(), *_objectives(), *_attention()]
 
 
 def _row_kernels() -> list[Variant]:
@@ -148,6 +151,44 @@ def _objectives() -> list[Variant]:
             ("cispo, mask", True, False, optional[2:]),
         )
     ]
+
+
+def _attention() -> list[Variant]:
+    found = []
+    for dtype, kv_heads, group, dim in (
+        ("bf16", 3, 3, 64), ("bf16", 8, 2, 128), ("bf16", 32, 1, 80), ("fp16", 4, 8, 128), ("fp32", 8, 2, 128),
+    ):  # fmt: skip
+        shape = triton_attention.SHAPES[4 if dtype == "fp32" else 2]
+        constants = {
+            "KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "HEADER": triton_attention.HEADER,
+            "TILE": triton_attention.TILE, "BLOCK": shape.block, "UPCAST": False,
+        }  # fmt: skip
+        arguments = _pointers(dtype, "q", "k_cache", "v_cache") | TABLES | PARTS | _strides("q", "k", "v")
+        label = f"attention of {kv_heads} x {group} heads of {dim}, {dtype}, parts"
+        kernel = triton_attention._attend_pieces
+        found.append(Variant(label, kernel, arguments | {"scale": "fp32"}, constants, shape.warps, shape.stages))
+    merge = PARTS | {"queries": "*i32:16"} | _pointers("bf16", "out")
+    caches = ("k", "v", "k_cache", "v_cache")
+    store = TABLES | _pointers("bf16", *caches) | _strides(*caches)
+    store.pop("pieces")
+    merged = {"DIM": 128, "BLOCK": triton_attention.MERGED}
+    return [
+        *found,
+        Variant("attention of heads of 128, parts merged", triton_attention._merge_parts, merge, merged, 1),
+        Variant("keys and values stored", triton_attention._store, store, {"HEADS": 8, "DIM": 128}, 1),
+    ]
+
+
+TABLES = {"slots": "*i32:16", "queries": "*i32:16", "pieces": "*i32:16"}
+PARTS = {"sums": "*fp32:16", "logs": "*fp32:16"}
+
+
+def _pointers(dtype: str, *names: str) -> dict[str, str]:
+    return {name: f"*{dtype}:16" for name in names}
+
+
+def _strides(*names: str) -> dict[str, str]:
+    return {f"{name}{of}_stride": "i32:16" for name in names for of in ("", "_head")}
 
 
 def compile_variant(variant: Variant) -> Report:

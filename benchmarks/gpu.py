@@ -1,10 +1,11 @@
-"""Everything that needs a GPU, in under eight minutes: exactness of every backend, the table of times, a profile.
+"""Everything that needs a GPU, in under eight minutes: exactness of every backend, decoding with CUDA graphs and
+without, the loss's table of times, a profile.
 
     python -m benchmarks.gpu
 
 Each stage has a share of the time and says what it had none left for. Results go to `benchmarks/results/` under the
-name of the GPU: `exactness-*.csv`, `kernels-*.csv` with plots, `profile-*.txt` and a Chrome trace. Exits with 1 when a
-backend is not exact.
+name of the GPU: `exactness-*.csv`, `decode-*.csv`, `kernels-*.csv` with plots, `profile-*.txt` and a Chrome trace.
+Exits with 1 when a backend is not exact.
 
 Shapes: N tokens, M of them trained, D hidden size, V vocabulary.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 import time
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import decode
 from benchmarks.kernels import RESULTS, chosen, print_table, result_path, stamp, summarise, write_results
 from benchmarks.problem import Shape, lifted_hidden, make_problem
 from benchmarks.providers import Provider
@@ -31,7 +34,7 @@ from benchmarks.suite import Row, measure_shape
 from negotiator.loss import grpo_loss
 from negotiator_kernels.reference import token_logprobs
 
-SECONDS = {"exactness": 120.0, "table": 300.0}  # the profile takes a few
+SECONDS = {"exactness": 100.0, "decoding": 100.0, "table": 220.0}  # the profile takes a few
 SHAPE_SECONDS = 15.0
 TABLE = [Shape(n, d, 151_936, 0.45) for d in (4096, 5120) for n in (32_768, 8192, 16_384, 65_536)]
 TABLE += [TABLE[1]._replace(fraction=f) for f in (0.1, 0.25, 0.7, 1.0)]
@@ -164,6 +167,42 @@ def exactness(some: Sequence[Case], backends: Sequence[str], device: torch.devic
     return findings
 
 
+def decoding(device: torch.device, seconds: float) -> tuple[list[decode.Row], list[str]]:
+    """Times, and what was wrong."""
+    end, rows, wrong = time.monotonic() + seconds, [], []
+    for name, config in decode.MODELS.items():
+        for dtype, limit in decode.ATTENTION_LIMITS.items():
+            error = decode.attention_error(config, device, dtype)
+            print(f"  {'ok  ' if error <= limit else 'FAIL'} attention of {name}, {dtype}: {error:.1e}", flush=True)
+            wrong += [f"attention, {dtype}"] * (error > limit)
+    for name, config in decode.MODELS.items():
+        model = decode.make_model(config, device, torch.bfloat16)
+        for prefix, running in itertools.product(decode.PREFIXES, decode.RUNNING):
+            if time.monotonic() > end:
+                print(f"  no time for {name}, {running} after {prefix}")
+                continue
+            found, difference = decode.measure_passes(name, model, running, prefix)
+            found += decode.measure_attention(name, config, running, prefix, device)
+            wrong += ["graphs"] * (difference > decode.LOGIT_LIMIT)
+            for row in found:
+                rate = "" if row.tokens_per_s is None else f"{row.tokens_per_s:10,.0f} tokens/s"
+                print(f"  {name}, {running:3} after {prefix:5,}: {row.what:<36}{row.ms:9.3f} ms{rate}", flush=True)
+            print(f"  {name}, {running:3} after {prefix:5,}: logits differ by {difference:.1e} at most", flush=True)
+            rows += found
+            torch.cuda.empty_cache()
+    return rows, wrong
+
+
+def graph_speedups(rows: Sequence[decode.Row]) -> dict[str, float]:
+    """How much faster a pass is recorded, by model, number of sequences and prefix."""
+    ms = {row[:4]: row.ms for row in rows}
+    return {
+        f"{name}, {running} after {prefix}": round(ms[name, running, prefix, "kernel by kernel"] / value, 2)
+        for (name, running, prefix, what), value in ms.items()
+        if what == "graphs"
+    }
+
+
 def table(
     shapes: Sequence[Shape], providers: Sequence[Provider], device: torch.device, seconds: float, out: Path
 ) -> list[Row]:
@@ -198,8 +237,16 @@ def profile_backend(provider: Provider, shape: Shape, device: torch.device, out:
     print(heading + text, flush=True)
 
 
+def write_csv(rows: Sequence[Any], fields: Sequence[str], name: str, device: torch.device, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(result_path(out, name, device, "csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, [*fields, *stamp(device)])
+        writer.writeheader()
+        writer.writerows(row._asdict() | stamp(device) for row in rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Checks, measures and profiles the GRPO loss on a GPU.")
+    parser = argparse.ArgumentParser(description="Checks and measures the GRPO loss and decoding on a GPU.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     out = parser.parse_args(argv).out
     if not torch.cuda.is_available():
@@ -212,18 +259,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours = [p for p in everybody if p.kind == "ours" and p.off_reason(device) is None]
 
     findings = exactness(cases(), [p.name for p in ours], device, SECONDS["exactness"])
-    out.mkdir(parents=True, exist_ok=True)
-    with open(result_path(out, "exactness", device, "csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, [*Finding._fields, *stamp(device)])
-        writer.writeheader()
-        writer.writerows(finding._asdict() | stamp(device) for finding in findings)
-
+    write_csv(findings, Finding._fields, "exactness", device, out)
+    torch.cuda.empty_cache()
+    decoded, not_equal = decoding(device, SECONDS["decoding"])
+    write_csv(decoded, decode.Row._fields, "decode", device, out)
     torch.cuda.empty_cache()
     rows = table(TABLE, everybody, device, SECONDS["table"], out)
     figures = summarise([row for row in rows if row.shape == TABLE[0]])
     profile_backend(next(p for p in ours if p.name == figures["ours"]), TABLE[0], device, out)
-    wrong = sorted({finding.backend for finding in findings if not finding.exact})
-    print(json.dumps({**figures, "not_exact": wrong, "seconds": round(time.monotonic() - start), **stamp(device)}))
+    wrong = sorted({finding.backend for finding in findings if not finding.exact} | {*not_equal})
+    figures |= {"graph_speedups": graph_speedups(decoded), "not_exact": wrong}
+    print(json.dumps({**figures, "seconds": round(time.monotonic() - start), **stamp(device)}))
     return int(bool(wrong))
 
 

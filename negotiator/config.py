@@ -53,12 +53,35 @@ class DialogueConfig(Section):
 class RolloutConfig(Section):
     scenarios: int = Field(16, ge=1, description="scenarios a step")
     group_size: int = Field(8, ge=2, description="dialogues per scenario; they are compared with one another")
+    ahead: bool = Field(False, description="negotiate the next step's dialogues while this step learns (sglang)")
 
 
 class EngineConfig(Section):
+    kind: Literal["embedded", "sglang"] = Field("embedded", description="who generates: this process, or SGLang")
     max_running: int = Field(64, ge=1, description="requests that decode together")
     cache_tokens: int = Field(32768, ge=1, description="tokens whose keys and values fit in the cache")
     prefill_tokens: int = Field(1024, ge=1, description="most prompt tokens in one forward pass")
+    cuda_graphs: bool = Field(
+        False, description="embedded, on a GPU: replay forward passes as CUDA graphs (compiled, not yet run on one)"
+    )
+    urls: list[str] = Field([], description="sglang: servers that run; empty: the trainer starts its own")
+    python: Path = Field(Path(".venv-sglang/bin/python"), description="sglang: interpreter of its environment")
+    servers: int = Field(1, ge=1, description="sglang: how many the trainer starts")
+    gpus: list[int] = Field([], description="sglang: GPUs of those, dealt out evenly; empty: the trainer's own GPU")
+    sync: Literal["auto", "tensor", "distributed", "disk"] = Field(
+        "auto", description="sglang: how weights get there; auto takes the fastest that fits"
+    )
+    sync_folder: Path = Field(Path("/tmp"), description="sglang: for sync disk, a folder that the servers see as well")
+    request_timeout_s: float = Field(600.0, gt=0, description="sglang: longest wait for one answer, seconds")
+    recovery_timeout_s: float = Field(
+        300.0, gt=0, description="sglang: longest wait for a server to start or come back"
+    )
+
+    @model_validator(mode="after")
+    def _servers_have_gpus(self) -> EngineConfig:
+        if len(self.gpus) % self.servers:
+            raise ValueError(f"{len(self.gpus)} gpus cannot be dealt out evenly to {self.servers} servers")
+        return self
 
 
 class JudgeConfig(Section):
@@ -125,6 +148,18 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _ahead_is_possible(self) -> Config:
+        if self.rollout.ahead:
+            if self.engine.kind != "sglang" or "local" in (self.judge.agreement, self.judge.reward):
+                raise ValueError(
+                    "rollout.ahead needs engine.kind sglang and judges that are not local: what computes in this "
+                    "process cannot do so while it learns"
+                )
+            if self.loss.importance == "none":
+                raise ValueError("rollout.ahead trains on dialogues of older weights: set loss.importance to truncate")
+        return self
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
@@ -221,5 +256,5 @@ def _one_sentence(error: ValidationError) -> str:
         return f"unknown key {where}; --help lists all keys"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else message
     return f"{where}: {message[0].lower()}{message[1:]}, not {first['input']!r}"

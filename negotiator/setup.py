@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from negotiator import checkpoint
 from negotiator.config import Config
 from negotiator.data import load_dilemmas, load_personas, split
 from negotiator.dialogue import AGENTS, Table
+from negotiator.engines.base import Engine
 from negotiator.engines.embedded import EmbeddedEngine
+from negotiator.engines.sglang import SGLangEngine
+from negotiator.engines.sglang_http import require_server
+from negotiator.engines.sglang_server import ServerSettings
 from negotiator.judges import LocalJudge, make_judges
 from negotiator.learner import Learner
 from negotiator.models import (
@@ -40,6 +44,7 @@ class Checked:
     device: torch.device
     dtype: torch.dtype
     why_dtype: str
+    servers: list[ServerSettings | str]  # of SGLang, where that generates
     plan: Plan
 
 
@@ -71,14 +76,20 @@ def check(config: Config) -> Checked:
     model_config = load_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     templates = Templates(tokenizer)
+    servers = _servers(config, device, dtype)
     lengths = _longest_prompts(templates, dilemmas, pairs, _uses_local_judge(config))
     plan = make_plan(config, model_config, count_parameters(model_config), lengths, device, dtype)
-    return Checked(config, dilemmas, pairs, tokenizer, templates, device, dtype, why_dtype, plan)
+    return Checked(config, dilemmas, pairs, tokenizer, templates, device, dtype, why_dtype, servers, plan)
 
 
-def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
-    """Loads weights, engines and judges; from a checkpoint (steps done, path) where there is one."""
+def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path) -> Run:
+    """Loads weights, engines and judges; from a checkpoint (steps done, path) where there is one.
+
+    Writes nothing; `folder` is the run's, where servers that the trainer starts will log.
+    """
     config = checked.config
+    for url in config.engine.urls:
+        require_server(url)
     local = _local_judging(checked) if _uses_local_judge(config) else None
     agreement, reward = make_judges(config.judge, local.judge if local else None)
     steps_done, weights = resume_from or (0, Path(config.model.path))
@@ -87,7 +98,7 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
     if resume_from:
         checkpoint.load_trainer(weights, learner)
     table = Table(
-        engine=EmbeddedEngine(model, config.engine, version=steps_done),
+        engine=_policy_engine(checked, model, folder),
         tokenizer=checked.tokenizer,
         templates=checked.templates,
         stop_ids=stop_ids(checked.tokenizer, model.generation_config.eos_token_id),
@@ -97,6 +108,35 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None) -> Run:
         seed=config.seed,
     )
     return Run(checked, table, local, learner, steps_done)
+
+
+def _policy_engine(checked: Checked, model: PreTrainedModel, folder: Path) -> Engine:
+    config = checked.config.engine
+    if config.kind == "embedded":
+        return EmbeddedEngine(model, config)
+    return SGLangEngine(checked.servers, config, folder, same_gpu=not (config.urls or config.gpus))
+
+
+def _servers(config: Config, device: torch.device, dtype: torch.dtype) -> list[ServerSettings | str]:
+    """The SGLang servers of a run: the settings of the trainer's own, or the URLs of others."""
+    engine = config.engine
+    if engine.kind == "embedded" or engine.urls:
+        return [*engine.urls]
+    gpus = engine.gpus or ([device.index or 0] * engine.servers if device.type == "cuda" else [])
+    each = len(gpus) // engine.servers
+    return [
+        ServerSettings(
+            python=engine.python,
+            model=Path(config.model.path),
+            dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+            device="cuda" if gpus else "cpu",
+            gpus=tuple(gpus[number * each : (number + 1) * each]),
+            max_total_tokens=engine.cache_tokens,
+            max_running=engine.max_running,
+            prefill_tokens=engine.prefill_tokens,
+        )
+        for number in range(engine.servers)
+    ]
 
 
 def _local_judging(checked: Checked) -> LocalJudging:

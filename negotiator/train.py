@@ -12,7 +12,7 @@
                 engine.update_weights()    a new version; no key or value of the old one survives
                 folder.log_step()          metrics, transcripts, checkpoint
 
-Left out here: other engines than the embedded one, more than one process, evaluation.
+Left out here: more than one process, evaluation.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import argparse
 import asyncio
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from negotiator import advantages, checkpoint, rollout
 from negotiator.config import (
@@ -48,9 +49,27 @@ from negotiator.types import DialogueGroup
 
 async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list[DialogueGroup]:
     """Runs the remaining steps and returns the dialogues of the last one."""
+    try:
+        return await _steps(run, folder, progress)
+    finally:
+        for used in (run.table.engine, run.table.agreement, run.table.reward):
+            await used.close()
+
+
+async def _steps(run: Run, folder: RunFolder, progress: TrainingProgress) -> list[DialogueGroup]:
     config, learner = run.checked.config, run.learner
     table = dataclasses.replace(run.table, on_utterance=progress.utterance)
+    weights = dict(learner.model.named_parameters()).items()
+    progress.phase("starting the engine")
+    await table.engine.update_weights(weights, version=run.steps_done)
+
+    def negotiate(step: int) -> Coroutine[Any, Any, list[DialogueGroup]]:
+        dilemmas, pairs = run.checked.dilemmas, run.checked.pairs
+        scenarios = draw_scenarios(dilemmas, pairs, config.seed, step, config.rollout.scenarios)
+        return rollout.run(table, step, scenarios, config.rollout.group_size)
+
     groups: list[DialogueGroup] = []
+    ahead: asyncio.Task[list[DialogueGroup]] | None = None  # the dialogues of the next step
     for step in range(run.steps_done, config.steps):
         clock = Stopwatch()
         engine_before, judge_before = engine_stats(run)
@@ -59,8 +78,8 @@ async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list
         if run.local:
             run.local.engine.flush()  # a resumed run finds it empty, so an uninterrupted one must too
             await run.local.judge.warm()
-        scenarios = draw_scenarios(run.checked.dilemmas, run.checked.pairs, config.seed, step, config.rollout.scenarios)
-        groups = await rollout.run(table, step, scenarios, config.rollout.group_size)
+        groups = await (ahead or negotiate(step))
+        ahead = asyncio.create_task(negotiate(step + 1)) if config.rollout.ahead and step + 1 < config.steps else None
         spread = advantages.assign(groups)
         if not spread.valid_dialogues:
             raise RuntimeError(f"all dialogues of step {step + 1} failed; the first: {groups[0].dialogues[0].failure}")
@@ -74,10 +93,14 @@ async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list
         clock.lap("pack")
 
         progress.phase("learning")
-        learned = learner.step(step, batches, denominator)
+        if ahead:
+            learned = await asyncio.to_thread(learner.step, step, batches, denominator)
+        else:
+            learned = learner.step(step, batches, denominator)
         clock.lap("learn")
 
-        await table.engine.update_weights(learner.model.named_parameters(), version=step + 1)
+        progress.phase("sending weights")
+        await table.engine.update_weights(weights, version=step + 1)
         clock.lap("sync")
 
         engine_after, judge_after = engine_stats(run)
@@ -88,8 +111,6 @@ async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list
         if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
             progress.phase("saving")
             checkpoint.save(folder.checkpoints, step + 1, learner, run.checked.tokenizer, config.checkpoint.keep)
-    for used in (table.engine, table.agreement, table.reward):
-        await used.close()
     return groups
 
 
@@ -166,7 +187,7 @@ def start(checked: Checked, resume: Path | None) -> tuple[Run, RunFolder]:
     if newest and newest[0] >= config.steps:
         raise ValueError(f"{path} has already done {newest[0]} steps: give a higher --steps to go on")
     print(f"loading {newest[1] if newest else config.model.path} ...", flush=True)
-    run = prepare(checked, newest)
+    run = prepare(checked, newest, path)
     folder = RunFolder(path)
     folder.write_config(dump_config(config))
     folder.forget_after(run.steps_done)
@@ -180,7 +201,8 @@ def describe(run: Run) -> str:
         f"{'resuming after step ' + str(run.steps_done) if run.steps_done else 'starting'}, "
         f"{len(checked.dilemmas)} dilemmas x {len(checked.pairs)} persona pairs, "
         f"{config.rollout.scenarios} scenarios x {config.rollout.group_size} dialogues a step, "
-        f"{checked.device} in {str(checked.dtype).removeprefix('torch.')} ({checked.why_dtype})"
+        f"{checked.device} in {str(checked.dtype).removeprefix('torch.')} ({checked.why_dtype}), "
+        f"text from {run.table.engine.path}"
     )
 
 

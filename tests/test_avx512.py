@@ -1,6 +1,6 @@
 """The AVX-512 kernels on a processor without AVX-512: the same sources, its own instructions written out in C++.
 
-It takes a build of its own, so the tests of the operators and of the loss run in a process that loads that build.
+It takes a build of its own, so the tests of the operators, the decoder and the loss run in a process that loads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest, torch
 
 torch.ops.load_library(sys.argv[1])
 torch.ops.load_library = lambda path: None  # the operators are there already
-names = ["test_native_ops.py", "test_loss_backends.py"]
+names = ["test_native_ops.py", "test_native_attention.py", "test_native_decoder.py", "test_loss_backends.py"]
 sys.exit(pytest.main(["-q", "-x", "-k", "native and not built", *(f"{sys.argv[2]}/{name}" for name in names)]))
 """
 

@@ -5,10 +5,13 @@ import asyncio
 import pytest
 import torch
 from helpers import SMOLLM2
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from negotiator.config import EngineConfig, LossConfig, OptimizerConfig
+from negotiator.engines.cuda_graphs import GraphedForward, graphed_forward_off_reason
 from negotiator.engines.embedded import EmbeddedEngine
+from negotiator.engines.forward import HuggingFaceForward, Span
+from negotiator.engines.kv_cache import KVCache
 from negotiator.learner import Learner
 from negotiator.loss import grpo_loss, off_reason
 from negotiator.models import load_model
@@ -25,9 +28,23 @@ PROMPTS = [
 ]
 
 
-def generate(dtype: torch.dtype, sampling: list[SamplingParams], prompts: list[list[int]]):
+LIMITS = EngineConfig(cache_tokens=4096, prefill_tokens=48)
+
+
+def kernel_by_kernel(model, cache):
+    return HuggingFaceForward(model, cache)
+
+
+def graphs(model, cache):
+    return GraphedForward(model, cache, LIMITS)
+
+
+def generate(dtype: torch.dtype, sampling: list[SamplingParams], prompts: list[list[int]], make_forward=None):
     async def main():
-        engine = EmbeddedEngine(load_model(SMOLLM2, CUDA, dtype), EngineConfig(cache_tokens=4096, prefill_tokens=48))
+        model = load_model(SMOLLM2, CUDA, dtype)
+        engine = EmbeddedEngine(model, LIMITS)
+        if make_forward is not None:
+            engine._forward = make_forward(model, engine._cache)
         return await asyncio.gather(*(engine.generate(p, s) for p, s in zip(prompts, sampling, strict=True)))
 
     return asyncio.run(main())
@@ -40,8 +57,9 @@ def prompts() -> list[list[int]]:
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
 
 
-def test_greedy_is_hugging_face_token_for_token(prompts):
-    ours = generate(torch.float32, [SamplingParams(40, temperature=0.0)] * len(prompts), prompts)
+@pytest.mark.parametrize("make_forward", [kernel_by_kernel, graphs])
+def test_greedy_is_hugging_face_token_for_token(prompts, make_forward):
+    ours = generate(torch.float32, [SamplingParams(40, temperature=0.0)] * len(prompts), prompts, make_forward)
     model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).to(CUDA).eval()
     for prompt, generation in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt], device=CUDA)
@@ -92,3 +110,48 @@ def test_loss_is_near_fp64(loss_type, backend):
     assert (found - expected).norm() / expected.norm() < 2.6e-3
     trained = arguments["mask"]
     assert (found_logprobs - logprobs)[trained].abs().max() < 1e-4
+
+
+def test_graphs_change_no_log_prob_beyond_rounding(prompts):
+    """The same prompts several times, so that most of them are shared."""
+    prompts = [prompt for prompt in prompts for _ in range(5)]
+    sampling = [SamplingParams(30, temperature=0.7, seed=seed) for seed in range(len(prompts))]
+    ways = [generate(torch.float32, sampling, prompts, make) for make in (graphs, kernel_by_kernel)]
+    for found, expected in zip(*ways, strict=True):
+        assert found.ids == expected.ids
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+
+
+def tiny(**more) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=97, num_hidden_layers=2, initializer_range=0.2, **sizes, **more)
+    return LlamaForCausalLM(config).eval().to(CUDA)
+
+
+def test_graphs_see_new_weights_in_place_and_elsewhere():
+    model = tiny()
+    cache = KVCache(model, 64)
+    forward, plain = GraphedForward(model, cache, LIMITS), HuggingFaceForward(model, cache)
+    spans = [Span(cache.reserve([], 8), 0, 5, [1, 2, 3, 4, 5])]
+    before = forward(spans, [4]).clone()
+    torch.testing.assert_close(before, plain(spans, [4]), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    recorded = forward._graph(8)
+    forward.weights_changed()
+    assert forward._graph(8) is recorded
+    after = forward(spans, [4]).clone()
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(after, plain(spans, [4]), rtol=1e-4, atol=1e-4)
+    for weight in model.parameters():
+        weight.data = weight.data * 1.1
+    forward.weights_changed()
+    torch.testing.assert_close(forward(spans, [4]), plain(spans, [4]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_waits_for_the_gpu_is_not_recorded():
+    assert graphed_forward_off_reason(tiny()) is None
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    assert "LlamaForCausalLM waits for the GPU" in graphed_forward_off_reason(tiny(rope_parameters=rope))

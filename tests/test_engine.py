@@ -4,117 +4,83 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 import torch
+from engine_cases import after, assert_same, engine_of, generate_all, random_ids, reference_logprobs, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from negotiator.config import EngineConfig
-from negotiator.engines.embedded import EmbeddedEngine
+from negotiator.data import load_dilemmas
 from negotiator.engines.forward import HuggingFaceForward
 from negotiator.engines.kv_cache import KVCache
 from negotiator.types import Generation, SamplingParams
 
 REAL = "models/SmolLM2-135M-Instruct"
-VOCABULARY = 97
 
 
-def tiny(config: type = LlamaConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return (
-        AutoModelForCausalLM.from_config(
-            config(
-                vocab_size=VOCABULARY,
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=8,
-                num_key_value_heads=2,
-                head_dim=16,
-                max_position_embeddings=256,
-                pad_token_id=0,
-                eos_token_id=None,
-                initializer_range=0.2,  # far from uniform in attention and output
-            ),
-            attn_implementation="sdpa",
-        )
-        .to(dtype)
-        .eval()
-    )
-
-
-def engine_of(model: PreTrainedModel, **limits: int) -> EmbeddedEngine:
-    defaults = {"max_running": 8, "cache_tokens": 2048, "prefill_tokens": 64}
-    return EmbeddedEngine(model, EngineConfig(**defaults | limits))
-
-
-def random_ids(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(VOCABULARY), k=count)
-
-
-async def after(ticks: int, call: Callable[[], Awaitable[Generation]]) -> Generation:
-    for _ in range(ticks):
-        await asyncio.sleep(0)
-    return await call()
-
-
-def generate_all(
-    engine: EmbeddedEngine, requests: Sequence[tuple[list[int], SamplingParams]], ticks: int = 0
-) -> list[Generation]:
-    """Sends each request `ticks` turns of the event loop after the one before."""
-
-    async def main() -> list[Generation]:
-        calls = (
-            after(i * ticks, lambda prompt=prompt, sampling=sampling: engine.generate(prompt, sampling))
-            for i, (prompt, sampling) in enumerate(requests)
-        )
-        return await asyncio.gather(*calls)
-
-    return asyncio.run(main())
-
-
-def reference_logprobs(
-    model: PreTrainedModel, prompt: list[int], ids: Sequence[int], temperature: float
-) -> torch.Tensor:
-    """What a plain forward pass of an untouched model says of each of `ids`."""
+def generate_greedily(model: PreTrainedModel, prompts: list[list[int]], max_tokens: int) -> list[tuple[int, ...]]:
+    """Hugging Face's own answers to prompts of one length, which need no padding."""
+    ids = torch.tensor(prompts)
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
-    return (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-
-
-def assert_same(actual: Sequence[Generation], expected: Sequence[Generation]) -> None:
-    """Same tokens, and log-probs that differ by rounding only."""
-    for a, b in zip(actual, expected, strict=True):
-        assert a.ids == b.ids
-        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    eos = model.generation_config.eos_token_id
+    answers = [row[ids.shape[1] :].tolist() for row in output]
+    return [tuple(a[: a.index(eos) + 1] if eos in a else a) for a in answers]
 
 
 def test_greedy_equals_hugging_face_generate() -> None:
+    """On 50 prompts: short ones, one story three times, and beginnings of dilemmas."""
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     own, plain = (AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval() for _ in range(2))
     story = tokenizer.encode("Two neighbours share one well in a dry summer, and each has a reason to draw first. " * 3)
     texts = ("Hi", "The capital of France is", "Write a haiku about rain.\n", "def fib(n):\n    ", "Once upon a time, ")
     endings = (" What would you do?", " The first says:", " The second says:")
-    prompts = [tokenizer.encode(text) for text in texts] + [story + tokenizer.encode(ending) for ending in endings]
-    engine = engine_of(own, max_running=4, prefill_tokens=24)
+    groups = [[tokenizer.encode(text)] for text in texts] + [[story + tokenizer.encode(ending)] for ending in endings]
+    dilemmas = [tokenizer.encode(dilemma.text) for dilemma in load_dilemmas()]
+    for first, length in ((0, 5), (14, 18), (28, 31)):
+        groups.append([dilemma[:length] for dilemma in dilemmas[first : first + 14]])
+    prompts = [prompt for group in groups for prompt in group]
+    assert len({tuple(prompt) for prompt in prompts}) == 50
+
+    engine = engine_of(own, max_running=8, prefill_tokens=24)
+    assert engine.path == "native code"
     greedy = SamplingParams(max_tokens=10, temperature=0, stop_ids=(tokenizer.eos_token_id,))
-    for prompt, generation in zip(prompts, generate_all(engine, [(p, greedy) for p in prompts], ticks=3), strict=True):
-        with torch.no_grad():
-            output = plain.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=10, do_sample=False
-            )
-        assert generation.ids == tuple(output[0, len(prompt) :].tolist())
-        expected = reference_logprobs(plain, prompt, generation.ids, 0)
-        torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
+    generations = generate_all(engine, [(prompt, greedy) for prompt in prompts], ticks=3)
+    expected = [answer for group in groups for answer in generate_greedily(plain, group, 10)]
+    assert [generation.ids for generation in generations] == expected
+    for prompt, generation in list(zip(prompts, generations, strict=True))[:8]:
+        logprobs = reference_logprobs(plain, prompt, generation.ids, 0)
+        torch.testing.assert_close(torch.tensor(generation.logprobs), logprobs, atol=1e-4, rtol=0)
     assert engine.stats().cached_prompt_tokens > len(story)  # the later stories reuse the first
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
-def test_sampled_logprobs_are_those_of_a_plain_forward(config: type) -> None:
-    plain, engine = tiny(config), engine_of(tiny(config), max_running=5, prefill_tokens=7)
+@pytest.mark.parametrize(
+    ("config", "more", "path"),
+    [
+        (LlamaConfig, {}, "native code"),
+        (Qwen2Config, {}, "native code"),
+        (Qwen3Config, {}, "native code"),
+        (LlamaConfig, {"attention_bias": True}, "o_proj has a bias"),
+        (MistralConfig, {"sliding_window": None}, "MistralForCausalLM"),
+        (GemmaConfig, {}, "GemmaForCausalLM"),
+        (GPT2Config, {"head_dim": None, "num_key_value_heads": None, "bos_token_id": None}, "GPT2LMHeadModel"),
+    ],
+)
+def test_sampled_logprobs_are_those_of_a_plain_forward(config: type, more: dict[str, object], path: str) -> None:
+    plain, engine = tiny(config, **more), engine_of(tiny(config, **more), max_running=5, prefill_tokens=7)
+    assert path in engine.path
     requests = [
         (random_ids(length, seed=length), SamplingParams(max_tokens=9, temperature=t, top_p=0.9, seed=length))
         for length, t in zip((1, 2, 13, 30, 31, 50, 64), (0.0, 0.3, 0.7, 1.0, 1.5, 0.7, 0.1), strict=True)

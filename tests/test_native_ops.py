@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from negotiator_kernels import exponentials, native, paged_attention, sample
+from negotiator_kernels import exponentials, native, sample
 from negotiator_kernels.availability import backends, native_off_reason
 from negotiator_kernels.linear import PackedLinears
 from negotiator_kernels.sampling import uniform
@@ -18,121 +18,6 @@ BACKENDS = ["reference", "native"]
 def test_the_native_operators_are_built():
     assert native_off_reason() is None
     assert [backend.on for backend in backends() if (backend.name, backend.device) == ("native", "cpu")] == [True]
-
-
-# --- attention ---------------------------------------------------------------------------------------------------
-
-
-def starts(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *np.cumsum(lengths).tolist()])
-
-
-def attention_case(segments, heads, kv_heads, dim, dtype, sharpness=1.0, seed=0):
-    """Arguments of paged_attention for segments of (queries, keys); slots that belong to no segment hold NaN."""
-    torch.manual_seed(seed)
-    queries, keys = starts([n for n, _ in segments]), starts([length for _, length in segments])
-    pool = int(keys[-1]) + 50
-    q = (sharpness * torch.randn(int(queries[-1]), heads, dim)).to(dtype)
-    slots = torch.randperm(pool)[: int(keys[-1])]
-    k, v = (torch.full((pool, kv_heads, dim), math.nan, dtype=dtype) for _ in range(2))
-    k[slots], v[slots] = (torch.randn(len(slots), kv_heads, dim).to(dtype) for _ in range(2))
-    return q, k, v, slots, keys, queries, dim**-0.5
-
-
-def attention_oracle(q, k_cache, v_cache, slots, slot_starts, query_starts, scale):
-    """One query and one head at a time, in fp64."""
-    out = torch.empty(q.shape, dtype=torch.float64)
-    group = q.shape[1] // k_cache.shape[1]
-    for s in range(len(query_starts) - 1):
-        own = slots[slot_starts[s] : slot_starts[s + 1]]
-        n = int(query_starts[s + 1] - query_starts[s])
-        for i in range(n):
-            seen = own[: len(own) - n + i + 1]
-            for head in range(q.shape[1]):
-                row = q[query_starts[s] + i, head].double()
-                scores = k_cache[seen, head // group].double() @ row * scale
-                out[query_starts[s] + i, head] = scores.softmax(0) @ v_cache[seen, head // group].double()
-    return out
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.double() - want).norm() / want.norm()).item()
-
-
-MIXED = [(1, 130), (1, 1), (70, 161), (5, 5), (2, 49), (0, 3), (1, 48), (33, 33)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 40), (8, 1, 128), (2, 1, 7)])
-def test_attention_of_decoding_and_prefill_together(backend, dtype, heads, kv_heads, dim):
-    case = attention_case(MIXED, heads, kv_heads, dim, dtype)
-    # Plain torch has 2e-7 in fp32; a bf16 output cannot be closer than about 1.7e-3.
-    limit = 6e-7 if dtype == torch.float32 else 2.5e-3
-    assert relative_error(paged_attention(*case, backend=backend), attention_oracle(*case)) < limit
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_with_peaked_scores_of_rising_size(backend):
-    """Each further block of keys holds the new maximum, so everything summed before is scaled down again."""
-    q, k, v, slots, *rest = attention_case([(1, 300), (40, 200)], 6, 2, 32, torch.float32, sharpness=6.0)
-    k[slots] += torch.linspace(-1, 1, len(slots))[:, None, None] * q.mean((0, 1)).sign()
-    case = (q, k, v, slots, *rest)
-    assert relative_error(paged_attention(*case, backend=backend), attention_oracle(*case)) < 2e-6
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_reads_strided_queries_and_caches(backend):
-    q, k, v, *rest = attention_case([(1, 60), (20, 70)], 6, 2, 24, torch.float32)
-    fused = torch.cat([q, torch.full((len(q), 4, 24), math.nan)], 1)[:, :6]
-    interleaved = torch.stack([k, v], 1)
-    assert not fused.is_contiguous()
-    got = paged_attention(fused, interleaved[:, 0], interleaved[:, 1], *rest, backend=backend)
-    assert torch.equal(got, paged_attention(q, k, v, *rest, backend=backend))
-
-
-def test_attention_takes_32_bit_indices():
-    q, k, v, slots, keys, queries, scale = attention_case(MIXED, 2, 1, 16, torch.float32)
-    want = paged_attention(q, k, v, slots, keys, queries, scale)
-    assert torch.equal(paged_attention(q, k, v, slots.int(), keys.int(), queries.int(), scale), want)
-
-
-def test_a_segment_does_not_depend_on_the_others():
-    q, k, v, slots, keys, queries, scale = attention_case(MIXED, 9, 3, 64, torch.bfloat16)
-    together = paged_attention(q, k, v, slots, keys, queries, scale, backend="native")
-    for s, (n, length) in enumerate(MIXED):
-        own = slice(int(queries[s]), int(queries[s + 1]))
-        own_slots = slots[keys[s] : keys[s + 1]]
-        alone = paged_attention(q[own], k, v, own_slots, starts([length]), starts([n]), scale, backend="native")
-        assert torch.equal(alone, together[own])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_names_what_does_not_fit(backend):
-    q, k, v, slots, keys, queries, scale = attention_case([(1, 6), (2, 4)], 4, 2, 16, torch.float32)
-    for wrong, message in [
-        ((q[:, :3], k, v, slots, keys, queries), "3 query heads"),
-        ((q, k, v.bfloat16(), slots, keys, queries), "one dtype"),
-        ((q, k, v[:, :1], slots, keys, queries), "v_cache"),
-        ((q, k, v, slots.float(), keys, queries), "slots must be"),
-        ((q, k, v, slots, keys[:2], queries), "slot_starts and query_starts"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            paged_attention(*wrong, scale, backend=backend)
-    for slots_, keys_, queries_, message in [
-        (slots[:9], keys, queries, "slot_starts must rise from 0 to 9"),
-        (slots, keys, torch.tensor([0, 4, 3]), "query_starts must rise from 0 to 3"),
-        (slots, torch.tensor([0, 9, 10]), queries, "segment 1 has more queries than keys"),
-    ]:
-        with pytest.raises((ValueError, RuntimeError), match=message):
-            paged_attention(q, k, v, slots_, keys_, queries_, scale, backend=backend)
-
-
-def test_native_attention_refuses_slots_outside_the_pool():
-    q, k, v, slots, keys, queries, scale = attention_case([(1, 6), (2, 4)], 4, 2, 16, torch.float32)
-    for outside in (slots - 60, slots + 60):
-        with pytest.raises(RuntimeError, match=r"slots must be in \[0, 60\)"):
-            paged_attention(q, k, v, outside, keys, queries, scale, backend="native")
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------
@@ -287,6 +172,10 @@ def test_sampling_names_what_does_not_fit(backend):
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 5), (7, 16, 101), (50, 577, 1003), (13, 64, 16), (9, 128, 97)], ids=str)
@@ -362,6 +251,36 @@ def test_packed_linear_layers_are_what_is_computed_with():
         with packed:
             assert relative_error(layer(x), before.double()) < 1e-6
         assert torch.equal(layer(x), layer.bias.expand(4, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("columns", "depth"), [(1, 2), (37, 30), (48, 64), (101, 46)])
+def test_packed_weights_hold_every_number_once_and_zeros(columns, depth, dtype):
+    """In which order is the kernels' own affair; `test_native_decoder.py` multiplies with them."""
+    pack = torch.ops.negotiator_kernels.pack_linear
+    weight, second = (torch.randn(columns, depth + 3).to(dtype)[:, :depth] for _ in range(2))
+    packed, both = pack(weight), pack(weight, second)
+    panels, rows, panel = packed.shape
+    assert (packed.dtype, rows, panels) == (dtype, depth, -(-columns // panel))
+    zeros = torch.zeros(packed.numel() - weight.numel(), dtype=dtype)
+    assert torch.equal(packed.flatten().sort().values, torch.cat([weight.flatten(), zeros]).sort().values)
+    assert torch.equal(both[0::2], packed)
+    assert torch.equal(both[1::2], pack(second.contiguous()))
+
+
+def test_packing_names_what_does_not_fit():
+    pack = torch.ops.negotiator_kernels.pack_linear
+    weight = torch.ones(4, 6)
+    for wrong, message in (
+        ((weight.double(),), "weight must be float32 or bfloat16"),
+        ((weight[0],), "weights must be"),
+        ((weight.T,), "contiguous last dimension"),
+        ((weight.bfloat16()[:, :5],), "even depth"),
+        ((weight, weight[:3]), "of one size and dtype"),
+        ((weight, weight.bfloat16()), "of one size and dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            pack(*wrong)
 
 
 def test_weights_that_cannot_be_packed_stay_with_torch():

@@ -1,13 +1,15 @@
-"""The radix tree against a model that is a plain dict of prefixes."""
+"""The radix tree against a model that is a plain dict of prefixes; the cache above it, by what lies in its slots."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from helpers import tiny_llama
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+from negotiator.engines.kv_cache import KVCache, Reservation
 from negotiator.engines.radix import RadixNode, RadixTree
 
 Prefix = tuple[int, ...]
@@ -111,3 +113,80 @@ def test_clear_returns_every_slot_once() -> None:
     assert sorted(tree.clear()) == [10, 11, 12, 22, 23]
     assert tree.size == tree.evictable == 0
     assert tree.match((1, 2, 3))[0] == []
+
+
+class Sequence:
+    """One under way: some of its tokens are computed, some of these shared."""
+
+    def __init__(self, tokens: Prefix, reservation: Reservation) -> None:
+        self.tokens = tokens
+        self.reservation = reservation
+        self.computed = reservation.shared
+
+
+MODEL = tiny_llama()
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """What lies in a slot is the prefix that was computed there: no sequence may ever see another one in its own."""
+
+    SLOTS = 24
+    running: Bundle[Sequence] = Bundle("running")
+    sequences = st.lists(st.integers(0, 2), min_size=1, max_size=10).map(tuple)
+
+    @initialize()
+    def build(self) -> None:
+        self.cache = KVCache(MODEL, self.SLOTS)
+        self.content: dict[int, Prefix] = {}
+        self.all: list[Sequence] = []
+
+    @rule(target=running, tokens=sequences, reusable=st.integers(0, 10), more=st.integers(0, 5))
+    def reserve(self, tokens: Prefix, reusable: int, more: int) -> Any:
+        room = self.cache.available
+        reservation = self.cache.reserve(tokens[:reusable], len(tokens) + more)
+        if reservation is None:
+            assert len(tokens) + more > room == self.cache.available
+            return multiple()
+        assert reservation.shared <= min(reusable, len(tokens))
+        self.all.append(Sequence(tokens, reservation))
+        return self.all[-1]
+
+    @rule(sequence=running, count=st.integers(1, 10))
+    def compute(self, sequence: Sequence, count: int) -> None:
+        for n in range(sequence.computed, min(sequence.computed + count, len(sequence.tokens))):
+            self.content[int(sequence.reservation.slots[n])] = sequence.tokens[: n + 1]
+            sequence.computed = n + 1
+
+    @rule(sequence=running)
+    def share(self, sequence: Sequence) -> None:
+        self.cache.share(sequence.reservation, sequence.tokens[: sequence.computed])
+        assert sequence.reservation.shared == sequence.computed
+
+    @rule(sequence=consumes(running))
+    def release(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.reservation)
+        self.all.remove(sequence)
+
+    @invariant()
+    def every_sequence_sees_its_own(self) -> None:
+        for sequence in getattr(self, "all", ()):
+            for n, slot in enumerate(sequence.reservation.slots[: sequence.computed].tolist()):
+                assert self.content[slot] == sequence.tokens[: n + 1]
+
+    @invariant()
+    def every_slot_has_one_owner(self) -> None:
+        if hasattr(self, "cache"):
+            own = [slot for s in self.all for slot in s.reservation.slots[s.reservation.shared :].tolist()]
+            tree = [slot for node in self.cache._tree._nodes() for slot in node.slots]
+            assert sorted(self.cache._free + own + tree) == list(range(self.SLOTS))
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            for sequence in self.all:
+                self.cache.release(sequence.reservation)
+            self.cache.clear()
+            assert sorted(self.cache._free) == list(range(self.SLOTS))
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from negotiator_kernels.availability import native_off_reason
+from negotiator_kernels.availability import native_off_reason, triton_off_reason
 
 
 def paged_attention(
@@ -23,7 +23,7 @@ def paged_attention(
     slot_starts: torch.Tensor,  # [S + 1] int32 or int64
     query_starts: torch.Tensor,  # [S + 1] int32 or int64
     scale: float,
-    backend: Literal["auto", "reference", "native"] = "auto",
+    backend: Literal["auto", "reference", "native", "triton"] = "auto",
 ) -> torch.Tensor:  # [T, Hq, D]
     """Causal attention of each segment's queries over the segment's own keys.
 
@@ -41,8 +41,16 @@ def paged_attention(
         backend = "native" if q.device.type == "cpu" and native_off_reason() is None else "reference"
     if backend == "reference":
         return paged_attention_reference(q, k_cache, v_cache, slots, slot_starts, query_starts, scale)
+    if backend == "triton":
+        if (reason := triton_off_reason()) is not None:
+            raise ValueError(f"backend triton is off: {reason}")
+        if q.device.type != "cuda" or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"backend triton takes fp32, bf16 and fp16 on a GPU, not {q.dtype} on {q.device}")
+        from negotiator_kernels import triton_attention
+
+        return triton_attention.paged_attention(q, k_cache, v_cache, slots, slot_starts, query_starts, scale)
     if backend != "native":
-        raise ValueError(f"backend must be auto, reference or native, not {backend!r}")
+        raise ValueError(f"backend must be auto, reference, native or triton, not {backend!r}")
     if (reason := native_off_reason()) is not None:
         raise ValueError(f"backend native is off: {reason}")
     if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16):

@@ -17,10 +17,16 @@ class EngineStats:
 
     prompt_tokens: int = 0  # of finished requests, cached or not
     cached_prompt_tokens: int = 0  # of those, reused from the prefix cache
+    reusable_prompt_tokens: int = 0  # what a perfect cache would have reused; see `engines.reuse`
     generated_tokens: int = 0
     forward_passes: int = 0
     prefill_seconds: float = 0.0  # time in forward passes, shared between prefill and decode by their tokens
     decode_seconds: float = 0.0
+
+    @property
+    def cached_fraction_of_ideal(self) -> float | None:
+        """None where there was nothing to reuse."""
+        return self.cached_prompt_tokens / self.reusable_prompt_tokens if self.reusable_prompt_tokens else None
 
     def since(self, earlier: EngineStats) -> EngineStats:
         """What was added after `earlier` was taken."""
@@ -29,6 +35,8 @@ class EngineStats:
 
 class Engine(Protocol):
     """Generates under the current policy weights. Every method but `stats` may be awaited by many dialogues at once."""
+
+    path: str  # what computes, in a few words
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
         """Samples a continuation of `prompt_ids`.

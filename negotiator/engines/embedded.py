@@ -54,6 +54,20 @@ class _Request:
         return self.prompt_len + (self.sampling.max_tokens - 1 if self.sampling is not None else 0)
 
 
+def choose_forward(model: PreTrainedModel, cache: KVCache, config: EngineConfig) -> tuple[Forward, str]:
+    """The way to compute this model here, and which one it is, in a few words."""
+    generic = HuggingFaceForward(model, cache)  # in any case: it refuses models that none of them would get right
+    if config.cuda_graphs:
+        from negotiator.engines.cuda_graphs import GraphedForward, graphed_forward_off_reason  # needs Triton
+
+        if (reason := graphed_forward_off_reason(model)) is not None:
+            raise ValueError(f"engine.cuda_graphs is not possible here: {reason}")
+        return GraphedForward(model, cache, config), "CUDA graphs"
+    if (reason := native_forward_off_reason(model)) is not None:
+        return generic, f"the model's own code: {reason}"
+    return NativeForward(model, cache), "native code"
+
+
 class EmbeddedEngine:
     """An `Engine` (see `engines.base`) over a Hugging Face causal LM, on the model's device and in its dtype.
 
@@ -67,11 +81,7 @@ class EmbeddedEngine:
         self._config = config
         self._version = version
         self._cache = KVCache(model, config.cache_tokens)
-        self._forward: Forward = HuggingFaceForward(model, self._cache)
-        reason = native_forward_off_reason(model)
-        self.path = "the model's own code: " + reason if reason else "native code"
-        if reason is None:
-            self._forward = NativeForward(model, self._cache)
+        self._forward, self.path = choose_forward(model, self._cache, config)
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._task: asyncio.Task[None] | None = None

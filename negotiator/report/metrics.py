@@ -71,6 +71,7 @@ def step_metrics(
         "generated_tokens": engine.generated_tokens,
         "prompt_tokens": engine.prompt_tokens,
         "cached_prompt_tokens": engine.cached_prompt_tokens,
+        "cached_fraction_of_ideal": engine.cached_fraction_of_ideal,
         "utterance_tokens_mean": sum(len(s.response_ids) for s in samples) / len(samples),
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +34,15 @@ class TrainingProgress:
 
     @contextmanager
     def live(self) -> Iterator[TrainingProgress]:
-        with self._bar:
-            yield self
+        """Also shows what the package logs meanwhile: servers that start, die and come back."""
+        logger, handler = logging.getLogger("negotiator"), _Lines(self.line)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            with self._bar:
+                yield self
+        finally:
+            logger.removeHandler(handler)
 
     def phase(self, text: str) -> None:
         self._utterances = 0
@@ -61,3 +69,14 @@ class TrainingProgress:
             f"  gap {metrics['logprob_gap']:.1e}  {metrics['tokens_per_s']:.0f} tokens/s"
             f"  {metrics['seconds']['step']:.1f} s  {eta}"
         )
+
+
+class _Lines(logging.Handler):
+    """Hands each record to a function, as a line."""
+
+    def __init__(self, line: Callable[[str], None]) -> None:
+        super().__init__()
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line(self.format(record))
