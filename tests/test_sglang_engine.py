@@ -748,6 +748,26 @@ def test_half_changed_weights_are_not_served(serve: Serve, when: str) -> None:
     assert all(torch.equal(server.weights["b"], weights["b"]) for server in servers)
 
 
+def test_a_request_that_waits_for_the_next_weights_does_not_hold_them_up(serve: Serve) -> None:
+    """The only server dies after the trainer has changed its weights: only the next version brings it back."""
+    (server,) = serve()
+    weights = {name: tensor.clone() for name, tensor in WEIGHTS.items()}
+
+    async def main(engine: SGLangEngine) -> Any:
+        server.stop()
+        weights["b"] += 1
+        waiting = asyncio.create_task(engine.generate(PREFIXES[0], sampling()))
+        await asyncio.sleep(0.2)
+        server.start()
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        await engine.update_weights(weights.items(), 1)
+        return await waiting
+
+    assert run([server], main, weights=weights).weight_version == 1
+    assert torch.equal(server.weights["b"], weights["b"])
+
+
 def test_a_server_that_forgets_a_tensor_is_found_out(serve: Serve) -> None:
     (server,) = serve()
 

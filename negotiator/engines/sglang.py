@@ -140,8 +140,10 @@ class SGLangEngine:
         assert self._started, "no weights yet: call update_weights first"
         failures: list[str] = []
         while len(failures) < TRIES:
+            await self._fleet.one_is_ready()  # not in a turn: it may take the next weights to bring one back
             async with self._turn():
-                await self._fleet.one_is_ready()
+                if not self._fleet.ready:
+                    continue
                 server = self._place(prefix)
                 server.running += 1
                 try:
