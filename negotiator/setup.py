@@ -134,6 +134,7 @@ def _servers(config: Config, device: torch.device, dtype: torch.dtype) -> list[S
             max_total_tokens=engine.cache_tokens,
             max_running=engine.max_running,
             prefill_tokens=engine.prefill_tokens,
+            memory_saver=bool(gpus) and not engine.gpus,
         )
         for number in range(engine.servers)
     ]

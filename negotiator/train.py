@@ -96,6 +96,7 @@ async def _steps(run: Run, folder: RunFolder, progress: TrainingProgress) -> lis
         if ahead:
             learned = await asyncio.to_thread(learner.step, step, batches, denominator)
         else:
+            await table.engine.release()
             learned = learner.step(step, batches, denominator)
         clock.lap("learn")
 

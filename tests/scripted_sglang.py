@@ -46,6 +46,7 @@ class ScriptedServer:
         self.weights: dict[str, torch.Tensor] = {}
         self.version = "default"
         self.session = False
+        self.released = False
         self.running = 0
         self.cached: set[tuple[str, tuple[int, ...]]] = set()
         self.delay_s = 0.0
@@ -138,7 +139,7 @@ class ScriptedServer:
     def generate(self, body: Body) -> Answer:
         with self.lock:
             self.running += 1
-            assert not self.session, "asked for a text while weights change"
+            assert not self.session and not self.released, "asked for a text while weights change or are gone"
             version, parameters = self.version, body["sampling_params"]
             ids, key = tuple(body["input_ids"]), body["extra_key"]
             cached = max((n for n in range(len(ids)) if (key, ids[:n]) in self.cached), default=0)
@@ -174,10 +175,22 @@ class ScriptedServer:
     def health_generate(self, body: Body) -> Answer:
         return 200, ""
 
+    def release_memory_occupation(self, body: Body) -> Answer:
+        assert self.running == 0 and not self.released, "memory is taken away while it is needed"
+        self.released = True
+        self.weights.clear()
+        self.cached.clear()
+        return 200, None
+
+    def resume_memory_occupation(self, body: Body) -> Answer:
+        assert self.released, "memory is taken that has not been given"
+        self.released = False
+        return 200, None
+
     def begin_weight_update(self, body: Body) -> Answer:
         if self.session:
             return 400, {"success": False, "message": "a weight-update session is already open; call end first"}
-        assert self.running == 0, "weights change while a text is written"
+        assert self.running == 0 and not self.released, "weights change while a text is written, or have no memory"
         self.session = True
         return 200, {"success": True, "message": "Success"}
 

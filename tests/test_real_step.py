@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from pathlib import Path
 
 import torch
 from helpers import SMOLLM2
@@ -22,7 +23,7 @@ def prepared(dtype: str, **overrides) -> tuple[Config, Run]:
     sizes = {"dialogue.max_tokens": 12, "dialogue.max_rounds": 1, "dialogue.completion_max_tokens": 4}
     settings = {"model.path": str(SMOLLM2), "model.dtype": dtype, "model.device": "cpu", "engine.cache_tokens": 4096}
     config = load_config(None, settings | rewards | sizes | overrides)
-    return config, prepare(check(config), None)
+    return config, prepare(check(config), None, Path())
 
 
 def length(scenario, dialogue) -> float:

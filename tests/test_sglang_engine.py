@@ -322,16 +322,19 @@ class Launched:
     def restart(self) -> None:
         self.restarts += 1
         self._scripted.stop()
+        self._scripted.released = False
         self._scripted.start()
 
     def stop(self) -> None:
         self.stopped = True
 
 
-def run_own(launched: list[Launched], call: Callable[[SGLangEngine], Awaitable[T]], tmp_path: Path) -> T:
+def run_own(
+    launched: list[Launched], call: Callable[[SGLangEngine], Awaitable[T]], tmp_path: Path, memory_saver: bool = False
+) -> T:
     """As `run`, with servers of our own."""
     waiting = iter(launched)
-    settings = ServerSettings(Path(sys.executable), tmp_path, "float32", "cpu")
+    settings = ServerSettings(Path(sys.executable), tmp_path, "float32", "cpu", memory_saver=memory_saver)
 
     async def main() -> T:
         config = EngineConfig(kind="sglang", sync="tensor", request_timeout_s=5, recovery_timeout_s=5)
@@ -364,6 +367,37 @@ def test_our_own_server_is_restarted_if_it_does_not_generate(serve: Serve, tmp_p
         assert server.weights.keys() == WEIGHTS.keys()
 
     run_own([launched], main, tmp_path)
+
+
+def test_servers_on_the_trainers_gpu_lend_it_their_memory(serve: Serve, tmp_path: Path) -> None:
+    servers = serve(2)
+
+    async def main(engine: SGLangEngine) -> None:
+        await engine.warm(PREFIXES[0])
+        await engine.release()
+        assert all(server.released for server in servers)
+        await engine.update_weights(WEIGHTS.items(), 1)
+        assert not any(server.released for server in servers)
+        assert all(server.weights.keys() == WEIGHTS.keys() for server in servers)
+        assert (await engine.generate(PREFIXES[0], sampling())).weight_version == 1
+
+        await engine.release()
+        servers[1].trouble = once("/resume_memory_occupation", (500, "no memory"))
+        await engine.update_weights(WEIGHTS.items(), 2)
+        while servers[1].version != "2":
+            await asyncio.sleep(0.01)
+        assert not any(server.released for server in servers)
+
+    launched = [Launched(server) for server in servers]
+    run_own(launched, main, tmp_path, memory_saver=True)
+    assert [process.restarts for process in launched] == [0, 1]
+
+
+def test_other_servers_keep_their_memory(serve: Serve, tmp_path: Path) -> None:
+    servers = serve(2)
+    run(servers[:1], lambda engine: engine.release())
+    run_own([Launched(servers[1])], lambda engine: engine.release(), tmp_path)
+    assert not any(server.released for server in servers)
 
 
 def test_our_own_server_that_does_not_start_again_is_lost_and_tried_again_later(
@@ -612,6 +646,22 @@ def test_a_text_never_sees_two_weights(serve: Serve) -> None:
         return [text.weight_version for text in await asyncio.gather(*early, *late)]
 
     assert run(servers, main) == [0] * 4 + [1] * 4
+
+
+def test_requests_wait_while_weights_travel(serve: Serve) -> None:
+    servers = serve(2)
+
+    async def main(engine: SGLangEngine) -> list[int]:
+        for server in servers:
+            server.trouble = lambda server, path, body: time.sleep(0.2) if path == "/end_weight_update" else None
+        update = asyncio.create_task(engine.update_weights(WEIGHTS.items(), 1))
+        while not any("/end_weight_update" in server.paths()[-1:] for server in servers):
+            await asyncio.sleep(0.01)
+        texts = await asyncio.gather(*(engine.generate((k,), sampling()) for k in range(4)))
+        await update
+        return [text.weight_version for text in texts]
+
+    assert run(servers, main) == [1] * 4
 
 
 STEPS = [

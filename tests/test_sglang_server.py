@@ -281,7 +281,6 @@ def test_command_and_environment() -> None:
         max_total_tokens=5000,
         max_running=7,
         prefill_tokens=512,
-        mem_fraction=0.4,
         memory_saver=True,
     )
     words = " ".join(command(on_gpus, 1234))
@@ -289,7 +288,7 @@ def test_command_and_environment() -> None:
     assert words.startswith(start)
     for option in (
         *("--device cuda", "--dtype bfloat16", "--max-total-tokens 5000", "--max-running-requests 7", "--tp-size 2"),
-        *("--chunked-prefill-size 512", "--mem-fraction-static 0.4", "--enable-memory-saver"),
+        *("--chunked-prefill-size 512", "--enable-memory-saver"),
         "--enable-deterministic-inference",
     ):
         assert option in words

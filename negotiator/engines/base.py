@@ -57,6 +57,10 @@ class Engine(Protocol):
         """Serves new weights, and drops every key and value of the old ones. Nothing may be running."""
         ...
 
+    async def release(self) -> None:
+        """Lends the trainer what memory it can until the next `update_weights`. Nothing may be running."""
+        ...
+
     def stats(self) -> EngineStats:
         """A snapshot of the totals."""
         ...

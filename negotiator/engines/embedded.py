@@ -140,6 +140,9 @@ class EmbeddedEngine:
         assert not [*self._running, *self._waiting], "cannot flush while requests are running"
         self._cache.clear()
 
+    async def release(self) -> None:
+        """See `engines.base`. There is nothing to lend: the cache is small, and allocated once."""
+
     def stats(self) -> EngineStats:
         """A copy of the totals so far."""
         return dataclasses.replace(self._stats)

@@ -126,6 +126,10 @@ class SGLangEngine:
         finally:
             self._open.set()
 
+    async def release(self) -> None:
+        """See `engines.base`: the memory of servers that share the trainer's GPU."""
+        await self._fleet.release()
+
     def stats(self) -> EngineStats:
         """A copy of the totals so far. Forward passes and their seconds are the servers' own business."""
         return dataclasses.replace(self._stats)

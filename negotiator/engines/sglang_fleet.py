@@ -39,6 +39,7 @@ class Server:
     version: int | None = None  # of the weights it serves; None while it is down
     repair: asyncio.Task[None] | None = None  # what brings it back
     lost: str | None = None  # why it will not come back
+    released: bool = False  # its memory is the trainer's for now
     running: int = 0  # requests
     warmed: dict[tuple[int, ...], asyncio.Task[Any]] = dataclasses.field(default_factory=dict)  # prefixes it caches
 
@@ -70,6 +71,8 @@ class Fleet:
         self._weights: Weights = ()
         self._stamp = 0  # of the weights as they were when they became current
         self._syncs = 0
+        self._serving = False  # new weights are on their way
+        self._news = asyncio.Event()  # set whenever a server may have become ready, or lost
         self._link: Link | None = None
 
     @property
@@ -95,30 +98,59 @@ class Fleet:
         self._link = Link(self._client, way, device, self._config.sync_folder, limit)
 
     async def serve(self, weights: Weights, version: int) -> None:
-        """Makes every server serve new weights. Nothing may be running; one that goes down is brought back alone."""
-        assert self._link is not None, "start comes first"
+        """Makes every server serve new weights. Nothing may be running."""
         self.version, self._weights, self._stamp = version, weights, _stamp(weights)
         for server in self.servers:
             server.version = None
             server.warmed.clear()
             if server.lost is not None:
                 self._bring_back(server, server.lost)
-        up = [server for server in self.servers if server.repair is None]
-        while up:
-            receivers = [server.receiver for server in up]
+        self._serving = True
+        try:
+            await self._sync([server for server in self.servers if server.repair is None])
+        finally:
+            self._serving = False
+            self._news.set()
+        await self.one_is_ready()
+
+    async def _sync(self, servers: list[Server]) -> None:
+        """Gives `servers` the current weights. One that goes down meanwhile is brought back alone."""
+        assert self._link is not None, "start comes first"
+        while servers:
+            receivers = [server.receiver for server in servers]
             try:
-                await push(self._link, receivers, weights, version)
+                await self._resume(servers)
+                await push(self._link, receivers, self._weights, self.version)
                 if self._syncs % PROVE_EVERY == 0:
-                    await prove(self._link, receivers, weights, version)
+                    await prove(self._link, receivers, self._weights, self.version)
                 break
             except Unreachable as failure:
-                (down,) = [server for server in up if server.url == failure.url]
-                up.remove(down)
+                (down,) = [server for server in servers if server.url == failure.url]
+                servers.remove(down)
                 self._bring_back(down, str(failure))
         self._syncs += 1
-        for server in up:
-            server.version = version
-        await self.one_is_ready()
+        for server in servers:
+            server.version = self.version
+
+    async def release(self) -> None:
+        """Servers of our own on the trainer's GPU lend it their memory until the next `serve`. Nothing may run."""
+        limit = self._config.request_timeout_s
+        for server in self.ready:
+            if server.settings is not None and server.settings.memory_saver:
+                try:
+                    await call(self._client, server.url, "/release_memory_occupation", {}, limit)
+                except Unreachable as failure:
+                    self.goes_down(server, str(failure))
+                else:
+                    server.version, server.released = None, True  # its weights are gone
+                    server.warmed.clear()
+
+    async def _resume(self, servers: Sequence[Server]) -> None:
+        for server in servers:
+            if server.released:
+                torch.cuda.empty_cache()  # what the trainer has freed is still in its own reserve
+                await call(self._client, server.url, "/resume_memory_occupation", {}, self._config.request_timeout_s)
+                server.released = False
 
     def goes_down(self, server: Server, why: str) -> None:
         """To be called by whoever got no sensible answer from a server that was ready."""
@@ -130,11 +162,11 @@ class Fleet:
     async def one_is_ready(self) -> None:
         """Waits for it. Raises RuntimeError if all servers are lost."""
         while not self.ready:
-            repairs = [server.repair for server in self.servers if server.repair is not None]
-            if not repairs:
+            if not self._serving and all(server.repair is None for server in self.servers):
                 lost = [server.lost or f"{server.url} did not take the weights" for server in self.servers]
                 raise RuntimeError(f"no SGLang server is left: {'; '.join(lost)}")
-            await asyncio.wait(repairs, return_when=asyncio.FIRST_COMPLETED)
+            self._news.clear()
+            await self._news.wait()
 
     async def close(self) -> None:
         """Stops the trainer's own servers. Others go on, with the weights they have."""
@@ -165,15 +197,17 @@ class Fleet:
         if server.lost is not None:
             log.warning("%s", server.lost)
         server.repair = None
+        self._news.set()
 
     async def _try_to_repair(self, server: Server) -> bool:
         assert self._link is not None
         try:
-            if not await self._generates(server):
+            if server.released or not await self._generates(server):
                 if server.process is None:
                     return False
                 log.info("restarting the SGLang server %s", server.url)
                 await asyncio.to_thread(server.process.restart)
+                server.released = False
                 await server.process.wait_healthy(self._config.recovery_timeout_s, log.info)
             while server.version != self.version:  # newer weights may come while these are sent
                 version = self.version

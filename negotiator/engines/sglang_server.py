@@ -45,7 +45,6 @@ class ServerSettings:
     max_total_tokens: int | None = None  # whose keys and values fit in the cache; None: what memory allows
     max_running: int | None = None  # requests that decode together
     prefill_tokens: int | None = None  # most prompt tokens in one forward pass
-    mem_fraction: float | None = None  # cuda: of the GPU's memory, for weights and cache
     memory_saver: bool = False  # cuda: the GPU's memory can be released to the trainer and taken back
 
     def __post_init__(self) -> None:
@@ -67,7 +66,6 @@ def command(settings: ServerSettings, port: int) -> list[str]:
         "max-total-tokens": settings.max_total_tokens,
         "max-running-requests": settings.max_running,
         "chunked-prefill-size": settings.prefill_tokens,
-        "mem-fraction-static": settings.mem_fraction,
         "tp-size": len(settings.gpus) or None,
     }
     # Without the deterministic mode SGLang ignores the seeds of requests.
