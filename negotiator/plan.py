@@ -75,6 +75,9 @@ def make_plan(
 
     local_judge = lengths.judge_prompt > 0
     packed = device.type == "cpu"  # see engines.native_forward and negotiator_kernels.linear
+    embedded = config.engine.kind == "embedded"
+    # SGLang servers that share this memory: on a CPU, or on the trainer's own GPU.
+    servers = 0 if embedded or config.engine.urls or config.engine.gpus else config.engine.servers
     hidden, layers = model.hidden_size, model.num_hidden_layers
     head_dim = getattr(model, "head_dim", None) or hidden // model.num_attention_heads
     kv_width = model.num_key_value_heads * head_dim
@@ -88,8 +91,9 @@ def make_plan(
         "fp32 gradients": parameters * 4,
         "Adam moments": parameters * 8,
         "judge's weights": parameters * size if local_judge else 0,
-        "weights repacked for decoding": parameters * size * (1 + local_judge) if packed else 0,
-        "key-value cache": cache * (2 if local_judge else 1),
+        "weights repacked for decoding": parameters * size * (embedded + local_judge) if packed else 0,
+        "key-value cache": cache * (embedded + local_judge),
+        "SGLang servers": servers * (parameters * size + cache),
         "activations": batch_tokens * activations,
         "lm_head gradient and logits": model.vocab_size * hidden * 8 + 2**28,
     }

@@ -164,9 +164,9 @@ class Runner:
 
 
 def texts_with_common_beginnings() -> list[list[int]]:
-    """Two stories of which four texts share 60, 60, 40 and 7 tokens; one is its own, one a single token."""
-    story, other = random_ids(60, seed=1), random_ids(150, seed=2)
-    texts = [story + random_ids(20, seed=3), story + random_ids(33, seed=4), story[:40] + random_ids(30, seed=5)]
+    """Two stories: four texts share 110, 110, 60 and 7 tokens of one; then the other, its first 101 tokens; a token."""
+    story, other = random_ids(110, seed=1), random_ids(150, seed=2)
+    texts = [story + random_ids(20, seed=3), story + random_ids(33, seed=4), story[:60] + random_ids(30, seed=5)]
     return [*texts, story[:7] + random_ids(9, seed=6), other, other[:101] + random_ids(12, seed=7), [5]]
 
 
@@ -181,7 +181,7 @@ def random_run(runner: Runner, rng: random.Random) -> tuple[list[Text], list[dic
             logits.append({})
         under_way = [i for i, text in enumerate(texts) if text.left]
         chosen = rng.sample(under_way, rng.randint(0, len(under_way)))
-        work = [(i, rng.choice((1, 1, min(texts[i].left, 7), rng.randint(1, texts[i].left)))) for i in chosen]
+        work = [(i, rng.choice((1, 1, 1, 1, min(texts[i].left, 7), rng.randint(1, texts[i].left)))) for i in chosen]
         passed = [(i, texts[i].computed + n) for i, count in work for n in range(count)]
         rows = rng.choices(range(len(passed)), k=rng.randint(0, len(passed)))
         if work:

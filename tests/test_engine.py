@@ -117,7 +117,7 @@ def test_cached_tokens_are_counted_exactly_and_change_nothing() -> None:
     assert_same(warm, cold)
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (40 + sum(len(p) for p, _ in requests), 160)
-    assert stats.generated_tokens == 24
+    assert (stats.reusable_prompt_tokens, stats.generated_tokens) == (160, 24)
 
     # The same again: all but the last prompt token. Going on from an answer: all but its last token and what follows.
     assert [g.cached_tokens for g in generate_all(engine, requests)] == [len(p) - 1 for p, _ in requests]

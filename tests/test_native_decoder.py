@@ -45,21 +45,21 @@ def test_decoder_equals_hugging_face(name: str) -> None:
     model = build(name)
     exact = exactly(model)
     for seed in range(3):
-        errors = errors_of_a_random_run(Runner(model, 600), exact, seed)
+        errors = errors_of_a_random_run(Runner(model, 700), exact, seed)
         assert max(errors.values()) < ROUNDING, errors
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decoder_with_bf16_weights_equals_hugging_face(name: str) -> None:
     model = build(name, torch.bfloat16)
-    errors = errors_of_a_random_run(Runner(model, 600), exactly(model), seed=0)
+    errors = errors_of_a_random_run(Runner(model, 700), exactly(model), seed=0)
     assert max(errors.values()) < (FLIPPED if multiplies_bf16() else ROUNDING), errors
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decoder_with_a_bf16_cache_equals_hugging_face(name: str) -> None:
     model = build(name, torch.bfloat16)
-    exact, runner, tokens = exactly(model), Runner(model, 600, torch.bfloat16), random_ids(150)
+    exact, runner, tokens = exactly(model), Runner(model, 700, torch.bfloat16), random_ids(150)
     errors = errors_of_a_random_run(runner, exact, seed=0)
     assert errors["logits"] < (FLIPPED if multiplies_bf16() else 5e-3), errors
     text = runner.admit(tokens)
@@ -89,7 +89,7 @@ def test_decoder_computes_any_number_of_rows(name: str, dtype: torch.dtype) -> N
 def test_decoder_gives_the_same_bits_however_a_text_is_computed(name: str, dtype: torch.dtype) -> None:
     """In any pieces, beside any others, after what others computed of it, or at once and alone."""
     model = build(name, dtype)
-    texts, logits = random_run(Runner(model, 600, dtype), random.Random(1))
+    texts, logits = random_run(Runner(model, 700, dtype), random.Random(1))
     assert sum(map(len, logits)) > 100
     for text, found in zip(texts, logits, strict=True):
         runner = Runner(model, 150, dtype)
@@ -105,7 +105,7 @@ def digest(threads: int, passes: int) -> list[torch.Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        runner = Runner(model, 600)
+        runner = Runner(model, 700)
         texts = [runner.admit(random_ids(60) + random_ids(passes + i, seed=i)) for i in range(5)]
         found = [runner.compute([(text, 60 + i) for i, text in enumerate(texts)], range(300))]
         for _ in range(passes):

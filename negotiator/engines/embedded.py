@@ -26,6 +26,7 @@ from negotiator.engines.base import EngineStats
 from negotiator.engines.forward import Forward, HuggingFaceForward, Span
 from negotiator.engines.kv_cache import KVCache, Reservation
 from negotiator.engines.native_forward import NativeForward, native_forward_off_reason
+from negotiator.engines.reuse import PerfectCache
 from negotiator.types import Generation, SamplingParams
 from negotiator_kernels import sample
 
@@ -40,6 +41,7 @@ class _Request:
     targets: tuple[int, ...] | None  # tokens whose log-probs after the prompt are asked for
     done: asyncio.Future[Any]
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    reusable: int = 0  # prompt tokens that a perfect cache would have held when it arrived
     reservation: Reservation | None = None  # from admission on
     cached: int = 0  # prompt tokens found in the cache
     computed: int = 0  # leading tokens whose keys and values are in the cache
@@ -81,6 +83,7 @@ class EmbeddedEngine:
         self._config = config
         self._version = version
         self._cache = KVCache(model, config.cache_tokens)
+        self._perfect = PerfectCache()
         self._forward, self.path = choose_forward(model, self._cache, config)
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
@@ -139,6 +142,7 @@ class EmbeddedEngine:
         self._drop_cancelled()
         assert not [*self._running, *self._waiting], "cannot flush while requests are running"
         self._cache.clear()
+        self._perfect = PerfectCache()
 
     async def release(self) -> None:
         """See `engines.base`. There is nothing to lend: the cache is small, and allocated once."""
@@ -178,6 +182,7 @@ class EmbeddedEngine:
                 f"prompt and max_tokens need {request.capacity} tokens of cache, of {self._config.cache_tokens}; "
                 "raise engine.cache_tokens"
             )
+        request.reusable = self._perfect.reusable(prompt_ids)
         self._waiting.append(request)
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._run())
@@ -212,6 +217,9 @@ class EmbeddedEngine:
         self._release(request)
         self._stats.prompt_tokens += request.prompt_len
         self._stats.cached_prompt_tokens += request.cached
+        # Requests under way share what they have computed so far, so more may be cached than had been finished.
+        self._stats.reusable_prompt_tokens += max(request.reusable, request.cached)
+        self._perfect.hold(request.tokens[: request.computed])
         self._stats.generated_tokens += len(request.tokens) - request.prompt_len
         request.done.set_result(result)
 
