@@ -18,7 +18,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -318,37 +317,6 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
 
 needs_sglang = pytest.mark.skipif(not SGLANG_PYTHON.exists(), reason="no .venv-sglang here: make sglang")
-
-
-@pytest.mark.sglang
-@needs_sglang
-def test_sglang_itself_keeps_seeds_and_leaves_nothing_behind(tmp_path: Path, mark: str) -> None:
-    with trainer(SGLANG_PYTHON, tmp_path, "restart") as process:
-        url = read_line(process)
-        assert url.startswith("http://"), (tmp_path / "server.log").read_text()[-5000:]
-        seeds = [1, 2, 3, 2**63 - 1]
-        with ThreadPoolExecutor(8) as pool:
-            first = list(pool.map(lambda seed: generate(url, seed), seeds * 2))
-        assert len(set(first)) == len(seeds)
-        assert first[:4] == first[4:] == [generate(url, seed) for seed in seeds]
-
-        (scheduler,) = (p for p in started(mark) if p.name().startswith("sglang::sched"))
-        scheduler.kill()
-        assert "ended with" in read_line(process)
-        assert read_line(process) == "restarted"
-        assert eventually(lambda: len(started(mark)) >= 5, 200)  # the workers import SGLang, and watch nobody yet
-        process.kill()
-        assert_gone(mark, 20)
-
-
-def generate(url: str, seed: int) -> tuple[int, ...]:
-    body = {
-        "input_ids": [504, 3575, 282, 4649, 314],
-        "sampling_params": {"max_new_tokens": 8, "temperature": 1, "sampling_seed": seed},
-    }
-    answer = httpx.post(f"{url}/generate", json=body, timeout=100)
-    answer.raise_for_status()
-    return tuple(answer.json()["output_ids"])
 
 
 @pytest.mark.sglang
