@@ -45,12 +45,6 @@ if plan != "leave while it starts":
 print(server.url, flush=True)
 if plan == "raise":
     raise RuntimeError
-if plan == "restart":
-    while server.alive():
-        time.sleep(0.1)
-    print(server.obituary().splitlines()[0], flush=True)
-    server.restart()
-    print("restarted", flush=True)
 if plan != "return":
     time.sleep(600)
 """
