@@ -88,6 +88,9 @@ def use_negotiator_attention(model: PreTrainedModel) -> None:
     """
     if model.config._attn_implementation == NAME:
         return
+    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        # Its frequencies depend on the longest position of the pass, so an answer would on who is computed beside it.
+        raise ValueError("rotary embeddings of type longrope are not supported; choose another model")
     AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
     untyped: Any = model

@@ -300,3 +300,10 @@ def test_close_fails_what_is_under_way() -> None:
         return await asyncio.gather(*tasks, engine.warm([1]), return_exceptions=True)
 
     assert all(isinstance(r, RuntimeError) and "closed" in str(r) for r in asyncio.run(main()))
+
+
+def test_a_model_whose_answers_depend_on_their_neighbours_is_refused() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    with pytest.raises(ValueError, match="longrope"):
+        engine_of(tiny(LlamaConfig, rope_parameters=rope | factors))
