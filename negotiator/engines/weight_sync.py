@@ -36,7 +36,7 @@ import httpx
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not re-exported by name
 from torch.multiprocessing import reductions
 
 from negotiator.engines.sglang_http import Refused, Unreachable, call
