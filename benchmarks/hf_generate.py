@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from benchmarks.workload import TEMPERATURE, TOP_P, Shape, Workload
 from negotiator.models import load_model
 
 TRIAL_STEPS = 3
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its earlier name
 
 
 def extrapolate(shape: Shape, prompt: float, steps: float) -> tuple[float, float]:
@@ -73,7 +75,7 @@ class HuggingFace:
 
     @torch.no_grad()
     def _prefill(self, ids: Tensor) -> Any:
-        return self._model(ids, use_cache=True, logits_to_keep=1).cache
+        return getattr(self._model(ids, use_cache=True, logits_to_keep=1), CACHE)
 
     def _generate(self, prompts: Tensor, new_tokens: int, cache: Any) -> tuple[float, float]:
         """Seconds to the first new token of prompts [B, L], whose first tokens `cache` may hold, and to the rest."""
@@ -90,7 +92,7 @@ class HuggingFace:
         texts = self._model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            cache=cache,
+            **{CACHE: cache},
             max_new_tokens=new_tokens,
             stopping_criteria=[Clock()],
         )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problem import CLIP, Answer, Problem, dapo_loss
-from negotiator.loss import Backend, grpo_loss
+from negotiator.loss import Backend, grpo_loss, off_reason
 
 NATIVE_CE = "native-ce"  # begins the names of PyTorch's own
 Kind = Literal["ours", "rival", "compacted", "cross-entropy"]
@@ -84,13 +84,7 @@ def _ours(backend: Backend, problem: Problem) -> Answer:
 
 
 def _backend_off(backend: Backend, device: torch.device) -> str | None:
-    """What `grpo_loss` itself says, by asking it for a loss of one row."""
-    row = torch.ones(1, device=device)
-    try:
-        grpo_loss(row[:, None], row[:, None], torch.zeros_like(row).long(), row, row.bool(), backend=backend)
-    except ValueError as error:
-        return str(error)
-    return None
+    return off_reason(backend, device, torch.bfloat16)
 
 
 # --- masked GRPO losses of others -------------------------------------------------------------------------------------

@@ -61,10 +61,11 @@ class EngineConfig(Section):
     max_running: int = Field(64, ge=1, description="requests that decode together")
     cache_tokens: int = Field(32768, ge=1, description="tokens whose keys and values fit in the cache")
     prefill_tokens: int = Field(1024, ge=1, description="most prompt tokens in one forward pass")
-    cuda_graphs: bool = Field(
-        False, description="embedded, on a GPU: replay forward passes as CUDA graphs (compiled, not yet run on one)"
+    urls: list[str] = Field(
+        [],
+        description="sglang: servers that run, or a router, which is asked once, at the start, for its workers; empty: "
+        "the trainer starts its own",
     )
-    urls: list[str] = Field([], description="sglang: servers that run; empty: the trainer starts its own")
     python: Path = Field(Path(".venv-sglang/bin/python"), description="sglang: interpreter of its environment")
     servers: int = Field(1, ge=1, description="sglang: how many the trainer starts")
     gpus: list[int] = Field([], description="sglang: GPUs of those, dealt out evenly; empty: the trainer's own GPU")

@@ -1,6 +1,8 @@
 """What only a GPU can show: the embedded engine, the packed trainer and the loss agree with their oracles there."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ from helpers import SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from negotiator.config import EngineConfig, LossConfig, OptimizerConfig
+from negotiator.engines import weight_sync
 from negotiator.engines.cuda_graphs import GraphedForward, graphed_forward_off_reason
 from negotiator.engines.embedded import EmbeddedEngine
 from negotiator.engines.forward import HuggingFaceForward, Span
 from negotiator.engines.kv_cache import KVCache
+from negotiator.engines.weight_sync import Link
 from negotiator.learner import Learner
 from negotiator.loss import grpo_loss, off_reason
 from negotiator.models import load_model
@@ -155,3 +159,31 @@ def test_a_model_that_waits_for_the_gpu_is_not_recorded():
     assert graphed_forward_off_reason(tiny()) is None
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     assert "LlamaForCausalLM waits for the GPU" in graphed_forward_off_reason(tiny(rope_parameters=rope))
+
+
+RECEIVER = """
+import base64, io, pickle, sys, torch
+from torch.multiprocessing import reductions
+
+# SGLang does this when it starts: handles name a GPU by its id, and each process counts GPUs in its own way.
+plain = reductions.rebuild_cuda_tensor
+gpus = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+reductions.rebuild_cuda_tensor = lambda *a: plain(*a[:6], gpus[a[6]], *a[7:])
+bucket = pickle.load(io.BytesIO(base64.b64decode(sys.stdin.buffer.read())))
+for meta in bucket["metadata"]:
+    data = bucket["flattened_tensor"][meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape)
+    print(meta.name, data.device.type, data.double().sum().item())
+"""
+
+
+def test_weights_reach_another_process_as_a_handle():
+    """What the servers that share the trainer's GPU are sent, read by a process of its own as they read it."""
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in tiny().state_dict().items()}
+    link = Link(client=None, way="tensor", device=CUDA, folder=None, timeout_s=1.0)
+    ((layout, flat),) = weight_sync._flat_buckets(link, weights.items())
+    payload = weight_sync._pickle_handle({"flattened_tensor": flat, "metadata": layout})
+    assert len(payload) < flat.nbytes / 4, "the bytes themselves were sent"
+    torch.cuda.synchronize()
+    answer = subprocess.run([sys.executable, "-c", RECEIVER], input=payload, capture_output=True, check=True)
+    found = [line.split() for line in answer.stdout.decode().splitlines()]
+    assert found == [[name, "cuda", str(tensor.double().sum().item())] for name, tensor in weights.items()]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import decode, gpu
 from negotiator.attention import use_negotiator_attention
 from negotiator.config import EngineConfig
-from negotiator.engines.cuda_graphs import GraphedForward, graphed_forward_off_reason, padded_size
+from negotiator.engines.cuda_graphs import GraphedForward, padded_size
 from negotiator.engines.embedded import EmbeddedEngine
 from negotiator.engines.forward import HuggingFaceForward, Span
 from negotiator.engines.kv_cache import KVCache
@@ -142,11 +142,6 @@ def test_a_cache_that_does_not_fit_the_model_is_told():
     forward = GraphedForward(model, KVCache(model, 8), CONFIG)
     with pytest.raises(ValueError, match=r"are \(1, 16\) and \(1, 16\) a token, its config says \(2, 16"):
         forward.compute(1)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_without_a_gpu_it_is_off():
-    assert graphed_forward_off_reason(tiny()) == "the model is on cpu"
 
 
 def test_the_benchmark_compares_both_ways(monkeypatch, capsys):

@@ -22,7 +22,6 @@ from negotiator.config import EngineConfig
 from negotiator.engines.forward import Span
 from negotiator.engines.kv_cache import KVCache
 from negotiator_kernels import triton_attention
-from negotiator_kernels.availability import triton_off_reason
 
 # Up to here a pass takes the time of reading the weights, whatever its number of tokens, so that padding is free.
 FREE_TOKENS = 256
@@ -34,11 +33,7 @@ def padded_size(tokens: int) -> int:
 
 
 def graphed_forward_off_reason(model: PreTrainedModel) -> str | None:
-    """Why passes of this model are not recorded; None if they are. Tries one."""
-    if model.device.type != "cuda":
-        return f"the model is on {model.device}"
-    if (reason := triton_off_reason()) is not None:
-        return reason
+    """Why passes of this model, which is on a GPU, cannot be recorded; None if they can. Tries one."""
     use_negotiator_attention(model)
     forward = GraphedForward(model, KVCache(model, 1), EngineConfig(max_running=1, cache_tokens=1, prefill_tokens=1))
     torch.cuda.set_sync_debug_mode("error")

@@ -29,6 +29,7 @@ from negotiator.engines.native_forward import NativeForward, native_forward_off_
 from negotiator.engines.reuse import PerfectCache
 from negotiator.types import Generation, SamplingParams
 from negotiator_kernels import sample
+from negotiator_kernels.availability import triton_off_reason
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -59,15 +60,15 @@ class _Request:
 def choose_forward(model: PreTrainedModel, cache: KVCache, config: EngineConfig) -> tuple[Forward, str]:
     """The way to compute this model here, and which one it is, in a few words."""
     generic = HuggingFaceForward(model, cache)  # in any case: it refuses models that none of them would get right
-    if config.cuda_graphs:
+    if model.device.type == "cpu":
+        if (reason := native_forward_off_reason(model)) is None:
+            return NativeForward(model, cache), "native code"
+    elif (reason := triton_off_reason()) is None:
         from negotiator.engines.cuda_graphs import GraphedForward, graphed_forward_off_reason  # needs Triton
 
-        if (reason := graphed_forward_off_reason(model)) is not None:
-            raise ValueError(f"engine.cuda_graphs is not possible here: {reason}")
-        return GraphedForward(model, cache, config), "CUDA graphs"
-    if (reason := native_forward_off_reason(model)) is not None:
-        return generic, f"the model's own code: {reason}"
-    return NativeForward(model, cache), "native code"
+        if (reason := graphed_forward_off_reason(model)) is None:
+            return GraphedForward(model, cache, config), "CUDA graphs"
+    return generic, f"the model's own code: {reason}"
 
 
 class EmbeddedEngine:
