@@ -24,7 +24,7 @@ train: env model
 	.venv/bin/python -m negotiator.train --config configs/quickstart.yaml $(ARGS)
 
 test: env model
-	.venv/bin/python -m pytest -m "not sglang" $(ARGS)
+	.venv/bin/python -m pytest -m "not sglang" -n auto --dist worksteal $(ARGS)
 
 test-sglang: env model sglang
 	.venv/bin/python -m pytest -m sglang $(ARGS)

@@ -30,7 +30,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from negotiator_kernels import triton_attention, triton_exponentials, triton_gemm, triton_objective
+from negotiator_kernels import triton_attention, triton_exponentials, triton_gemm, triton_objective, triton_sampling
 from negotiator_kernels.availability import native_has_cuda, native_off_reason
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -74,7 +74,7 @@ class Report(NamedTuple):
 
 def variants() -> list[Variant]:
     """Every kernel that the package launches, in its hot variants."""
-    return [*_row_kernels(), *_gemms(), *_objectives(), *_attention()]
+    return [*_row_kernels(), *_gemms(), *_objectives(), *_attention(), _sampling()]
 
 
 def _row_kernels() -> list[Variant]:
@@ -177,6 +177,16 @@ def _attention() -> list[Variant]:
         Variant("attention of heads of 128, parts merged", triton_attention._merge_parts, merge, merged, 1),
         Variant("keys and values stored", triton_attention._store, store, {"HEADS": 8, "DIM": 128}, 1),
     ]
+
+
+def _sampling() -> Variant:
+    arguments = {
+        "logits": "*fp32:16", "candidates": "*fp32:16", "temperatures": "*fp32", "top_ps": "*fp32", "seeds": "*i64",
+        "positions": "*i64", "ids": "*i64", "logprobs": "*fp32", "vocabulary": "i32:16", "stride": "i32:16",
+        "scale": "fp32",
+    }  # fmt: skip
+    constants = {"BLOCK": triton_sampling.BLOCK, "STAGES": triton_sampling.STAGES}
+    return Variant("sampling", triton_sampling._sample, arguments, constants, triton_sampling.WARPS)
 
 
 TABLES = {"slots": "*i32:16", "queries": "*i32:16", "pieces": "*i32:16"}

@@ -8,27 +8,25 @@ An engine's round begins as a step of training does, with new weights and nothin
 included, is told apart from the round (`update_seconds`). Prefill and decoding are what the embedded engine counts
 them to be; for Hugging Face and SGLang prefill lasts until the first token, SGLang's in a round of one token each.
 
-Memory is the most that was resident during a round, weights, Python and libraries included; of SGLang the server's
-processes count, pages that they share in each of them, and not the client. On a GPU it is what torch had allocated at
-most; SGLang's is not told there.
+Of SGLang's memory the server's processes count, pages that they share in each of them, and not the client; on a GPU it
+is not told. What else memory means: `benchmarks.processes`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import multiprocessing
+import math
+import os
 import tempfile
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
 
 from benchmarks.hf_generate import TRIAL_STEPS, HuggingFace
+from benchmarks.processes import Player
 from benchmarks.workload import Shape, Workload
 from negotiator.config import EngineConfig
 from negotiator.engines.base import Engine
@@ -39,8 +37,6 @@ from negotiator.models import load_model
 from negotiator.types import SamplingParams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-START_S, ANSWER_S, END_S = 600.0, 1200.0, 90.0  # longest waits for a process
-DOT_S = 5.0  # between two signs of life while one is waited for
 
 
 class Contender(NamedTuple):
@@ -73,23 +69,17 @@ class Played(NamedTuple):
     peak_bytes: int | None = None
     estimated_from: str = ""  # empty: measured
 
+    def __str__(self) -> str:
+        how = ", estimated" if self.estimated_from else ""
+        return f"{self.tokens_per_s:,.1f} tokens/s, {self.seconds:,.1f} s{how}"
+
+    @property
+    def cost(self) -> float:
+        return math.inf if self.estimated_from else self.seconds + (self.update_seconds or 0)
+
     @property
     def tokens_per_s(self) -> float:
         return self.new_tokens / self.seconds
-
-
-class Player(Protocol):
-    about: str
-
-    def play(self, workload: Workload, limit_s: float) -> Played:
-        """A round; one that would take longer than `limit_s` may be estimated."""
-        ...
-
-    def processes(self) -> list[psutil.Process]:
-        """Whose memory is its memory."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class EnginePlayer:
@@ -115,9 +105,9 @@ class EnginePlayer:
     def play(self, workload: Workload, limit_s: float) -> Played:
         return self._runner.run(self._play(workload))
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[int]:
         own = psutil.Process()
-        return own.children(recursive=True) if self._remote else [own]
+        return [process.pid for process in (own.children(recursive=True) if self._remote else [own])]
 
     def close(self) -> None:
         self._runner.run(self._engine.close())
@@ -197,97 +187,11 @@ class HuggingFacePlayer:
             estimated_from=f"one prompt and {TRIAL_STEPS} steps of all" if estimated else "",
         )
 
-    def processes(self) -> list[psutil.Process]:
-        return [psutil.Process()]
+    def processes(self) -> list[int]:
+        return [os.getpid()]
 
     def close(self) -> None: ...
 
 
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-class Failed(NamedTuple):
-    why: str
-
-
-class Worker:
-    """A contender's process, from its start to `close`. After a Failed it is of no more use."""
-
-    def __init__(self, contender: Contender, place: Place, warm_up: Workload) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, contender, place, warm_up), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def about(self) -> str | Failed:
-        """What it is, once it is ready."""
-        about: str | Failed = self._answer(START_S, "was not ready")
-        return about
-
-    def play(self, workload: Workload, limit_s: float) -> Played | Failed:
-        with contextlib.suppress(BrokenPipeError):  # it died in between; reading tells
-            self._connection.send((workload, limit_s))
-        played: Played | Failed = self._answer(ANSWER_S, "had not ended its round")
-        return played
-
-    def close(self) -> None:
-        """Returns when it has ended."""
-        self._connection.close()
-        self._process.join(END_S)
-        self._process.kill()
-
-    def _answer(self, limit_s: float, what: str) -> Any:
-        started = time.monotonic()
-        while not self._connection.poll(DOT_S):
-            print(".", end="", flush=True)
-            if time.monotonic() - started > limit_s:
-                self._process.kill()
-                return Failed(f"it {what} after {limit_s:.0f} s")
-        try:
-            return self._connection.recv()
-        except EOFError:
-            self._process.join(END_S)
-            return Failed(f"its process ended with exit code {self._process.exitcode}")
-
-
-def _serve(connection: Connection, contender: Contender, place: Place, warm_up: Workload) -> None:
-    """The process: a round for each request, until the other side is closed."""
-    try:
-        player: Player = (HuggingFacePlayer if contender.engine.startswith("hf") else EnginePlayer)(contender, place)
-        player.play(warm_up, ANSWER_S)
-        connection.send(player.about)
-        while (request := _next(connection)) is not None:
-            connection.send(_watched(player, place.device, *request))
-        player.close()
-    except Exception as error:  # one that breaks on a machine must not end everybody's run
-        connection.send(Failed(f"{type(error).__name__}: {error}".partition("\n")[0]))
-
-
-def _next(connection: Connection) -> tuple[Workload, float] | None:
-    try:
-        request: tuple[Workload, float] = connection.recv()
-    except EOFError:
-        return None
-    return request
-
-
-def _watched(player: Player, device: torch.device, workload: Workload, limit_s: float) -> Played:
-    """A round with its memory."""
-    if device.type == "cuda":
-        player.play(workload, limit_s)  # kernels are chosen, and graphs recorded, by the size of the problem
-        torch.cuda.reset_peak_memory_stats()
-        played = player.play(workload, limit_s)
-        remote = psutil.Process() not in player.processes()
-        return played._replace(peak_bytes=None if remote else torch.cuda.max_memory_allocated())
-    ctypes.CDLL(None).malloc_trim(0)
-    folders = [Path("/proc") / str(process.pid) for process in player.processes()]
-    for folder in folders:
-        (folder / "clear_refs").write_text("5")  # the peak starts again from here
-    played = player.play(workload, limit_s)
-    return played._replace(peak_bytes=sum(map(_peak_bytes, folders)))
-
-
-def _peak_bytes(process: Path) -> int:
-    (line,) = [line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
+def make_player(contender: Contender, place: Place) -> Player:
+    return (HuggingFacePlayer if contender.engine.startswith("hf") else EnginePlayer)(contender, place)

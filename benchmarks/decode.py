@@ -8,6 +8,7 @@ B sequences decode; GROUP of them at a time have their first tokens in common. H
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from negotiator.engines.forward import Forward, HuggingFaceForward, Span
 from negotiator.engines.kv_cache import KVCache, Reservation
 from negotiator_kernels import sample, triton_attention
 from negotiator_kernels.attention import paged_attention_reference
+from negotiator_kernels.sampling import Backend
 
 GROUP = 8
 OWN = 96  # tokens that a sequence has room for after the common ones
@@ -107,8 +109,10 @@ def measure_passes(name: str, model: PreTrainedModel, running: int, prefix: int)
         last.append(logits.clone())
     ones = torch.ones(running, device=model.device)
     seeds = torch.arange(running, device=model.device)
-    ms = milliseconds(lambda: sample(last[0], ones, 0.95 * ones, seeds, seeds), model.device)
-    rows.append(Row(name, running, prefix, "sampling", ms, None))
+    backends: tuple[tuple[str, Backend], ...] = (("sampling", "auto"), ("sampling, reference", "reference"))
+    for what, backend in backends:
+        call = functools.partial(sample, last[0], ones, 0.95 * ones, seeds, seeds, backend)
+        rows.append(Row(name, running, prefix, what, milliseconds(call, model.device), None))
     return rows, float((last[0] - last[1]).abs().max())
 
 

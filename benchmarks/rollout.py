@@ -26,11 +26,11 @@ A CSV and a plot go to `benchmarks/results/`; the last line on stdout is JSON ab
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -42,9 +42,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is import
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.contenders import DTYPES, START_S, Contender, Failed, Place, Played, Worker
+from benchmarks.contenders import DTYPES, Contender, Place, make_player
 from benchmarks.kernels import RESULTS, device_name, result_path
-from benchmarks.measure import pick, rotated
+from benchmarks.processes import ANSWER_S, START_S, Failed, Worker, await_ready, play_rounds
 from benchmarks.rollout_report import Row, make_row, print_table, summarise, write_results
 from benchmarks.workload import OWN, Shape, Workload, make_workload
 from negotiator.config import EngineConfig
@@ -55,7 +55,7 @@ BAR = Shape(scenarios=4, group=8, prefix=256, new_tokens=64)
 SWEEP = {"cpu": Shape(1, 8, 256, 32), "cuda": BAR}
 GROUPS, PREFIXES = (1, 2, 4, 8, 16, 32), (64, 128, 256, 512, 1024, 2048)
 WARM_UP = Shape(1, 2, 16, 2)
-MOST_ROUNDS, GROWTH_ROUNDS = 5, 3
+GROWTH_ROUNDS = 3
 BAR_SECONDS, SWEEP_SECONDS = 150.0, 15.0  # for the rounds of a shape; the first is played in any case
 BAR_LIMIT, SWEEP_LIMIT = 120.0, 20.0  # seconds of a round above which Hugging Face's is estimated
 
@@ -77,31 +77,6 @@ def contenders(engines: Iterable[Engine], ours: Literal["fp32", "bf16"], device:
 def sweep(base: Shape) -> list[Shape]:
     """Those that differ from `base` in the size of the group, and in the prefix."""
     return [base._replace(group=g) for g in GROUPS] + [base._replace(prefix=p) for p in PREFIXES]
-
-
-def play_rounds(
-    workers: Mapping[str, Worker], workload: Workload, budget_s: float, limit_s: float
-) -> dict[str, list[Played] | Failed]:
-    """Everybody once, then by turns all that fit into what is left of `budget_s`, the quickest first."""
-    started = time.monotonic()
-    played: dict[str, list[Played]] = {name: [] for name in workers}
-    failed: dict[str, Failed] = {}
-    names = list(workers)
-    for number in range(MOST_ROUNDS):
-        for name in rotated(names, number):
-            print(f"  round {number + 1}, {name} ... ", end="", flush=True)
-            result = workers[name].play(workload, limit_s)
-            if isinstance(result, Failed):
-                failed[name] = result
-                print(result.why, flush=True)
-            else:
-                played[name].append(result)
-                how = ", estimated" if result.estimated_from else ""
-                print(f"{result.tokens_per_s:,.1f} tokens/s, {result.seconds:,.1f} s{how}", flush=True)
-        repeatable = (name for name in names if name not in failed and not played[name][0].estimated_from)
-        costs = {name: max(p.seconds + (p.update_seconds or 0) for p in played[name]) for name in repeatable}
-        names = pick(costs, (), budget_s - (time.monotonic() - started))
-    return {**played, **failed}
 
 
 def prefill_growth(worker: Worker, tokenizer: PreTrainedTokenizerBase, shape: Shape) -> dict[str, float | None]:
@@ -127,18 +102,14 @@ def measure(
     workers: Mapping[str, Worker], workloads: Sequence[Workload], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Row], dict[str, float | None]]:
     """A row for everybody on the first workload, on the others for those worth a sweep, and the growth of prefill."""
-    ready: dict[str, str | Failed] = {}
-    for name, worker in workers.items():
-        print(f"  {name}: ", end="", flush=True)
-        about = ready[name] = worker.about()
-        print(about.why if isinstance(about, Failed) else about, flush=True)
-    live = {name: worker for name, worker in workers.items() if not isinstance(ready[name], Failed)}
-    rows = [make_row(name, about, workloads[0]) for name, about in ready.items() if isinstance(about, Failed)]
+    failed = await_ready(workers)
+    live = {name: worker for name, worker in workers.items() if name not in failed}
+    rows = [make_row(name, why, workloads[0]) for name, why in failed.items()]
     growth: dict[str, float | None] = dict.fromkeys(GROWTH)
     for number, workload in enumerate(workloads):
         print(f"{workload.shape}, {number + 1} of {len(workloads)}", flush=True)
         budget, limit = (SWEEP_SECONDS, SWEEP_LIMIT) if number else (BAR_SECONDS, BAR_LIMIT)
-        found = [make_row(n, r, workload) for n, r in play_rounds(live, workload, budget, limit).items()]
+        found = [make_row(n, r, workload) for n, r in play_rounds(live, (workload, limit), budget).items()]
         print_table(found)
         rows += found
         gone = {row.contender for row in found if row.status == "failed"}
@@ -254,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [c.name for c in plan.contenders if c.name not in plan.off]
     print(f"{about}\nstarting {', '.join(names)}", flush=True)
     warm_up = make_workload(plan.tokenizer, WARM_UP)
-    workers = {c.name: Worker(c, place, warm_up) for c in plan.contenders if c.name in names}
+    some = {c.name: functools.partial(make_player, c, place) for c in plan.contenders if c.name in names}
+    workers = {name: Worker(make, place.device, (warm_up, ANSWER_S)) for name, make in some.items()}
     try:
         rows, growth = measure(workers, plan.workloads, plan.tokenizer)
     finally:

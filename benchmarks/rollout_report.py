@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from benchmarks.contenders import Failed, Played
+from benchmarks.contenders import Played
+from benchmarks.processes import Failed
 from benchmarks.workload import Shape, Workload
 
 

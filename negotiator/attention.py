@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from negotiator.packed_attention import make_plan, packed_attention
 from negotiator.types import Segment
 
 NAME = "negotiator"
@@ -33,50 +34,17 @@ class Layout(Protocol):
 class PackedLayout:
     """Attention within the segments of a packed batch, each after its prefix; differentiable.
 
-    The segments must tile the batch in order, and every prefix must be one of them (`packing.pack` sees to both).
+    The segments must tile the batch, each group's after its prefix and side by side (`packing.pack` sees to it).
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        starts = {s.start: i for i, s in enumerate(segments)}
-        expected = 0
-        self._sizes: list[int] = []
-        self._prefixes: list[int | None] = []  # the segment that is this segment's prefix
-        for s in segments:
-            assert s.start == expected < s.end, f"segment {s} does not start where the one before it ends"
-            expected = s.end
-            prefix = None
-            if s.prefix_end > s.prefix_start:
-                prefix = starts.get(s.prefix_start)
-                assert prefix is not None, f"the prefix of {s} is no segment"
-                assert segments[prefix].end == s.prefix_end, f"the prefix of {s} is not a whole segment"
-            self._sizes.append(s.end - s.start)
-            self._prefixes.append(prefix)
-        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self._plan = make_plan(segments)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        repeats = q.shape[1] // k.shape[1]
-        # Split, not sliced: the backward of a slice fills a tensor of all T tokens, once per segment.
-        queries = torch.split(q, self._sizes, dim=2)
-        keys = torch.split(k.repeat_interleave(repeats, dim=1), self._sizes, dim=2)
-        values = torch.split(v.repeat_interleave(repeats, dim=1), self._sizes, dim=2)
-        outputs = []
-        for query, key, value, prefix in zip(queries, keys, values, self._prefixes, strict=True):
-            if prefix is None:
-                output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-            else:
-                key = torch.cat((keys[prefix], key), dim=2)
-                value = torch.cat((values[prefix], value), dim=2)
-                mask = self._lower_right(query.shape[2], key.shape[2], q.device)
-                output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-            outputs.append(output)
-        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
-
-    def _lower_right(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """Mask [rows, columns] of a causal attention whose last query sees the last key; kept for the next layers."""
-        if (rows, columns) not in self._masks:
-            mask = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
-            self._masks[rows, columns] = mask
-        return self._masks[rows, columns]
+        if self._plan.device != q.device:
+            self._plan = self._plan.to(q.device)  # once a batch; later layers, and their recomputation, find it there
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return packed_attention(q, k, v, self._plan, scale)[None]
 
 
 def use_negotiator_attention(model: PreTrainedModel) -> None:

@@ -113,6 +113,7 @@ class LossConfig(Section):
     type: Literal["dapo", "grpo", "dr_grpo", "cispo", "gspo"] = Field("dapo", description="loss and its normalisation")
     clip_low: float = Field(0.2, ge=0, description="ratio may fall this far below 1")
     clip_high: float = Field(0.2, ge=0, description="ratio may rise this far above 1")
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence from the initial policy")
     entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     importance: Literal["none", "truncate", "mask"] = Field(
         "truncate", description="correction for the gap between the engine's and the trainer's probabilities"
@@ -127,7 +128,35 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Adam moments")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which it is scaled down")
+    updates: int = Field(1, ge=1, description="optimizer steps on the dialogues of one rollout")
     micro_batch_tokens: int = Field(8192, ge=1, description="most packed tokens in one forward and backward pass")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations that the backward pass computes again instead of keeping them: none, all but matrix "
+        "products and attention, or whole layers",
+    )
+    liger: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Liger's kernels between the matrix products; auto: on a GPU where liger-kernel is installed",
+    )
+
+
+class LoRAConfig(Section):
+    rank: int = Field(0, ge=0, description="rank of adapters on all linear layers; 0: all weights are trained")
+    alpha: int = Field(32, ge=1, description="adapters are scaled by alpha / rank")
+    quantize: bool = Field(False, description="hold the frozen base in 4 bits (QLoRA, NF4 with double quantization)")
+
+    @model_validator(mode="after")
+    def _only_a_frozen_base_is_quantized(self) -> LoRAConfig:
+        if self.quantize and not self.rank:
+            raise ValueError("quantize needs adapters: set lora.rank")
+        return self
+
+
+class ParallelConfig(Section):
+    replicas: int = Field(1, ge=1, description="groups of processes that hold a whole copy of the weights each (HSDP)")
+    offload: bool = Field(False, description="keep sharded weights and optimizer in the CPU's memory")
+    timeout_s: float = Field(600.0, gt=0, description="longest wait of a process for the others, seconds")
 
 
 class CheckpointConfig(Section):
@@ -148,6 +177,8 @@ class Config(Section):
     judge: JudgeConfig = JudgeConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig = LoRAConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

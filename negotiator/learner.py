@@ -2,122 +2,103 @@
 
 Shapes: T = packed tokens of a micro-batch, D = hidden size, V = vocabulary.
 
-Left out here: sharding, activation checkpointing, LoRA, several steps per rollout.
+Several updates on the dialogues of one rollout take their old log-probs from the first one's own pass. Reference
+log-probs, for a KL term, are those of the initial policy: the model without its adapters, or a frozen copy.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from negotiator import lora, parallel
 from negotiator.attention import PackedLayout, use_negotiator_attention
 from negotiator.config import LossConfig, OptimizerConfig
-from negotiator.loss import GRPOLoss, grpo_loss
+from negotiator.liger import use_liger
+from negotiator.lora import MergedTensors
+from negotiator.loss import grpo_loss, token_logprobs
+from negotiator.packing import padding_batch
+from negotiator.parallel import ALONE, Sharding, WholeTensors
+from negotiator.recompute import recompute
 from negotiator.types import PackedBatch
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerStats:
-    """One optimizer step. `logprob_gap` is mean |trainer log-prob - sampling log-prob| over the tokens it computed."""
+    """One rollout's worth of learning, over all processes; seconds are this process's own.
+
+    `loss`, `grad_norm`, `approx_kl` (from the policy before the first update, nats a token) and `clip_fraction` (of
+    trained tokens) are of the last update, the others of the first. `logprob_gap` is mean |trainer log-prob - sampling
+    log-prob| over the tokens it computed, `reference_kl` the estimate that beta weighs (0 without it). `updated` is
+    False where nothing could be learned: no batches, or a loss or gradient that is not finite.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     logprob_gap: float
     entropy: float
+    approx_kl: float
+    clip_fraction: float
+    reference_kl: float
+    updated: bool
     computed_tokens: int
     logical_tokens: int
     forward_seconds: float
+    loss_seconds: float
     backward_seconds: float
     optimizer_seconds: float
 
 
 @dataclass(slots=True)
 class _Sums:
-    """Over the micro-batches of a step; gap and entropy are sums over trained tokens."""
+    """Over the micro-batches of an update; all from `gap` to `reference_kl` are sums over trained tokens."""
 
     loss: float = 0.0
     gap: float = 0.0
     entropy: float = 0.0
-    tokens: int = 0
+    approx_kl: float = 0.0
+    clipped: float = 0.0
+    reference_kl: float = 0.0
+    tokens: float = 0.0
     forward_seconds: float = 0.0
+    loss_seconds: float = 0.0
     backward_seconds: float = 0.0
 
 
-class Learner:
-    """Owns the master weights and the optimizer of `model`, whose parameters hold the compute precision.
+class Policy(nn.Module):
+    """A causal LM with the loss on top.
 
-    Gradients of every micro-batch are added up in fp32 on the masters, so bf16 compute loses nothing between
-    micro-batches. In fp32 the parameters are their own masters.
+    Both are one module, so that a sharded output embedding is whole while the loss uses it, and its gradient is reduced
+    like any other.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, optimizer: OptimizerConfig, loss: LossConfig, temperature: float
-    ) -> None:
-        use_negotiator_attention(model)
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, temperature: float) -> None:
+        super().__init__()
         self.model = model
-        self.config = optimizer
-        self.loss_config = loss
-        self.temperature = temperature
-        self.masters: dict[str, nn.Parameter] = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in model.named_parameters()
-        }
-        for name, parameter in model.named_parameters():
-            if parameter is not self.masters[name]:
-                parameter.register_post_accumulate_grad_hook(_add_gradient_to(self.masters[name]))
-        self.optimizer = torch.optim.AdamW(
-            self.masters.values(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
-        )
+        self.loss = loss
+        self._temperature = temperature
+        self.loss_started = 0.0  # when the last forward pass came to the loss
 
-    def step(self, step: int, batches: Sequence[PackedBatch], denominator: float) -> LearnerStats:
-        """Step `step` (from 0) over `batches`, the sum of their losses divided by `denominator`.
+    def forward(
+        self,
+        batch: PackedBatch,
+        denominator: float | None,
+        old_logprobs: torch.Tensor | None = None,
+        ref_logprobs: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The loss, log-probs [T], NaN where nothing is trained, and sums of gap, entropy, KL and clipping.
 
-        Without batches (no group told its dialogues apart) the weights and the optimizer stay as they are.
-        Raises RuntimeError for a gradient that is not finite.
+        Without a denominator the log-probs alone, and no gradient.
         """
-        learning_rate = self.config.lr * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
-        sums = self.accumulate(batches, denominator)
-        started = time.perf_counter()
-        grad_norm = self._update(learning_rate) if batches else 0.0
-        return LearnerStats(
-            loss=sums.loss,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            logprob_gap=sums.gap / max(1, sums.tokens),
-            entropy=sums.entropy / max(1, sums.tokens),
-            computed_tokens=sum(len(batch.input_ids) for batch in batches),
-            logical_tokens=sum(batch.logical_tokens for batch in batches),
-            forward_seconds=sums.forward_seconds,
-            backward_seconds=sums.backward_seconds,
-            optimizer_seconds=time.perf_counter() - started,
-        )
-
-    def accumulate(self, batches: Sequence[PackedBatch], denominator: float) -> _Sums:
-        """Adds the gradients of `batches` to the masters' and returns what was seen on the way."""
-        sums = _Sums()
-        for batch in batches:
-            started = time.perf_counter()
-            result = self._loss(batch, denominator)
-            forward_done = time.perf_counter()
-            result.loss.backward()
-            mask = batch.mask.to(result.logprobs.device)
-            gaps = result.logprobs - batch.sampling_logprobs.to(mask.device)
-            # Reading the scalars waits for the device, so the seconds are honest on a GPU too.
-            sums.loss += result.loss.item()
-            sums.gap += gaps[mask].abs().sum().item()
-            sums.entropy += result.entropy[mask].sum().item()
-            sums.tokens += int(batch.mask.sum())
-            sums.forward_seconds += forward_done - started
-            sums.backward_seconds += time.perf_counter() - forward_done
-        return sums
-
-    def _loss(self, batch: PackedBatch, denominator: float) -> GRPOLoss:
         device = self.model.device
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids.to(device)[None],
@@ -125,35 +106,223 @@ class Learner:
             use_cache=False,
             layout=PackedLayout(batch.segments),
         ).last_hidden_state[0]  # [T, D]
-        return grpo_loss(
+        weight = self.model.get_output_embeddings().weight
+        targets, mask = batch.targets.to(device), batch.mask.to(device)
+        if denominator is None:
+            return (token_logprobs(hidden, weight, targets, mask, self._temperature)[0],)
+        self.loss_started = _now(device)
+        result = grpo_loss(
             hidden,
-            self.model.get_output_embeddings().weight,
-            batch.targets.to(device),
+            weight,
+            targets,
             batch.advantages.to(device),
-            batch.mask.to(device),
+            mask,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
             sampling_logprobs=batch.sampling_logprobs.to(device),
             sequence_ids=batch.sequence_ids.to(device),
-            temperature=self.temperature,
-            loss_type=self.loss_config.type,
-            clip_low=self.loss_config.clip_low,
-            clip_high=self.loss_config.clip_high,
-            entropy_coef=self.loss_config.entropy_coef,
-            importance=self.loss_config.importance,
-            importance_cap=self.loss_config.importance_cap,
+            temperature=self._temperature,
+            loss_type=self.loss.type,
+            clip_low=self.loss.clip_low,
+            clip_high=self.loss.clip_high,
+            beta=self.loss.beta,
+            entropy_coef=self.loss.entropy_coef,
+            importance=self.loss.importance,
+            importance_cap=self.loss.importance_cap,
             denominator=denominator,
         )
+        gaps = (result.logprobs.detach() - batch.sampling_logprobs.to(device))[mask]
+        clipped = result.metrics.clip_fraction_low + result.metrics.clip_fraction_high
+        means = (result.metrics.approx_kl, clipped)
+        sums = [gaps.abs().sum(), result.entropy[mask].sum(), *(mean.nan_to_num() * len(gaps) for mean in means)]
+        return result.loss, result.logprobs, torch.stack([sum_.double() for sum_ in sums])
 
-    def _update(self, learning_rate: float) -> float:
+
+class Learner:
+    """Owns the master weights and the optimizer of `model`.
+
+    One process: the model's parameters hold the compute precision, so that an engine can generate with them, and
+    gradients of every micro-batch are added up in fp32 on masters of their own (fp32 parameters are their own). Several
+    processes: the parameters are fp32 and sharded, and are themselves the masters (see `parallel.shard`).
+    `path` says what computes the layers, in a few words.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: OptimizerConfig,
+        loss: LossConfig,
+        temperature: float,
+        sharding: Sharding | None = None,
+        reference: PreTrainedModel | None = None,
+    ) -> None:
+        """`model`: in the compute precision, or in fp32 where it is to be sharded; LoRA's adapters are in it already.
+
+        `reference`: the initial policy, loaded likewise, where a KL term needs one and there are no adapters.
+        """
+        self.path = use_liger(model, optimizer.liger)
+        use_negotiator_attention(model)
+        recompute(model, optimizer.recompute)
+        self.model = model
+        self.policy = Policy(model, loss, temperature)
+        self.config = optimizer
+        self.world = sharding.world if sharding else ALONE
+        self.adapted = lora.is_adapted(model)
+        self._sharding = sharding
+        self._reference: Policy | None = None
+        if loss.beta and not self.adapted:
+            assert reference is not None, "a KL term needs the initial policy"
+            use_liger(reference, optimizer.liger)
+            use_negotiator_attention(reference)
+            self._reference = Policy(reference.requires_grad_(False), loss, temperature)
+        if sharding and not sharding.replicate:
+            assert model.dtype == torch.float32, "masters are sharded, and they are fp32"
+            for policy in (self.policy, self._reference):
+                if policy is not None:
+                    parallel.shard(policy, policy.model, sharding)
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters: dict[str, nn.Parameter] = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self._parameters.items()
+        }
+        for name, parameter in self._parameters.items():
+            if parameter is not self.masters[name]:
+                parameter.register_post_accumulate_grad_hook(_add_gradient_to(self.masters[name]))
+        self.optimizer = torch.optim.AdamW(
+            self.masters.values(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+            fused=all(master.is_cuda for master in self.masters.values()),
+        )
+
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """What the policy computes with: whole tensors under the names of the model, or of the base of its adapters.
+
+        It can be iterated any number of times. Where weights are sharded, all processes have to do so together.
+        """
+        if self.adapted:
+            return MergedTensors(self.model)
+        return WholeTensors(list(self.model.named_parameters()))
+
+    def step(self, step: int, batches: Sequence[PackedBatch], denominator: float) -> LearnerStats:
+        """Step `step` (from 0) over `batches`, the sum of their losses divided by `denominator`.
+
+        All processes pass the same batches; each computes its share. Without batches (no group told its dialogues
+        apart), or with a loss or gradient that is not finite, the weights and the optimizer stay as they are.
+        """
+        learning_rate = self.config.lr * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        own = self._own_share(batches)
+        started = _now(self.model.device)
+        references = [self._reference_logprobs(batch) for batch in own]
+        reference_seconds = _now(self.model.device) - started
+        old: list[torch.Tensor | None] = [None] * len(own)
+        updates: list[tuple[_Sums, float, bool]] = []
+        optimizer_seconds = 0.0
+        while batches and len(updates) < self.config.updates and all(updated for *_, updated in updates):
+            sums, logprobs = self._accumulate(own, denominator, old, references)
+            old = old if updates else [*logprobs]
+            started = _now(self.model.device)
+            updates.append((sums, *self._update(learning_rate, sums.loss)))
+            optimizer_seconds += _now(self.model.device) - started
+        first, *_ = updates[0] if updates else (_Sums(),)
+        last, grad_norm, updated = updates[-1] if updates else (first, 0.0, False)
+        return LearnerStats(
+            loss=last.loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            logprob_gap=first.gap / max(1, first.tokens),
+            entropy=first.entropy / max(1, first.tokens),
+            approx_kl=last.approx_kl / max(1, last.tokens),
+            clip_fraction=last.clipped / max(1, last.tokens),
+            reference_kl=first.reference_kl / max(1, first.tokens),
+            updated=updated,
+            computed_tokens=sum(len(batch.input_ids) for batch in batches) * max(1, len(updates)),
+            logical_tokens=sum(batch.logical_tokens for batch in batches) * max(1, len(updates)),
+            forward_seconds=reference_seconds + sum(sums.forward_seconds for sums, *_ in updates),
+            loss_seconds=sum(sums.loss_seconds for sums, *_ in updates),
+            backward_seconds=sum(sums.backward_seconds for sums, *_ in updates),
+            optimizer_seconds=optimizer_seconds,
+        )
+
+    def accumulate(self, batches: Sequence[PackedBatch], denominator: float) -> _Sums:
+        """Adds the gradients of `batches` to the masters' and returns what was seen on the way, over all processes."""
+        own = self._own_share(batches)
+        references = [self._reference_logprobs(batch) for batch in own]
+        return self._accumulate(own, denominator, [None] * len(own), references)[0]
+
+    def _own_share(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        own = parallel.own_share(self.world, batches)
+        # As many passes as everybody else's, or those who have one more would wait for the others for ever.
+        missing = -(-len(batches) // self.world.size) - len(own)
+        return [*own, *[padding_batch()] * missing]
+
+    def _accumulate(
+        self,
+        own: Sequence[PackedBatch],
+        denominator: float,
+        old: Sequence[torch.Tensor | None],
+        references: Sequence[torch.Tensor | None],
+    ) -> tuple[_Sums, list[torch.Tensor]]:
+        """The sums, and the log-probs [T] of each of this process's own batches."""
+        sums, device, found = _Sums(), self.model.device, []
+        for batch, old_logprobs, ref_logprobs in zip(own, old, references, strict=True):
+            started = _now(device)
+            loss, logprobs, seen = self.policy(batch, denominator, old_logprobs, ref_logprobs)
+            forward_done = _now(device)
+            (loss * self.world.size).backward()  # gradients are averaged, and the losses have to add up
+            found.append(logprobs.detach())
+            sums.loss += loss.item()
+            gap, entropy, approx_kl, clipped = seen.tolist()
+            sums.gap, sums.entropy = sums.gap + gap, sums.entropy + entropy
+            sums.approx_kl, sums.clipped = sums.approx_kl + approx_kl, sums.clipped + clipped
+            if ref_logprobs is not None:
+                distance = (ref_logprobs - found[-1])[batch.mask.to(device)]
+                sums.reference_kl += (distance.exp() - distance - 1).sum().item()
+            sums.tokens += int(batch.mask.sum())
+            sums.forward_seconds += self.policy.loss_started - started
+            sums.loss_seconds += forward_done - self.policy.loss_started
+            sums.backward_seconds += _now(device) - forward_done
+        names = ("loss", "gap", "entropy", "approx_kl", "clipped", "reference_kl", "tokens")
+        totals = parallel.sum_up(self.world, [getattr(sums, name) for name in names])
+        if self._sharding and self._sharding.replicate:
+            parallel.average(self.world, [master.grad for master in self.masters.values() if master.grad is not None])
+        return dataclasses.replace(sums, **dict(zip(names, totals, strict=True))), found
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:
+        """Log-probs [T] of the initial policy; None where nothing weighs them."""
+        if not self.policy.loss.beta:
+            return None
+        if self._reference is not None:
+            return cast(torch.Tensor, self._reference(batch, None)[0])
+        with lora.without_adapters(self.model):
+            return cast(torch.Tensor, self.policy(batch, None)[0])
+
+    def _update(self, learning_rate: float, loss: float) -> tuple[float, bool]:
+        """The gradient's norm, and whether it was used."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.max_grad_norm, error_if_nonfinite=True)
-        self.optimizer.step()
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = parallel.full_tensor(nn.utils.get_total_norm(gradients))
+        finite = math.isfinite(loss) and math.isfinite(norm.item())
+        if finite:
+            nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter is not self.masters[name]:
-                    parameter.copy_(self.masters[name])
-        return norm.item()
+        if finite:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    if parameter is not self.masters[name]:
+                        parameter.copy_(self.masters[name])
+        return norm.item(), finite
+
+
+def _now(device: torch.device) -> float:
+    """A time in seconds after everything that was started on the device; so that each phase gets its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _add_gradient_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:

@@ -20,14 +20,20 @@ from transformers.utils import logging as transformers_logging
 transformers_logging.disable_progress_bar()
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], number: int = 0) -> torch.device:
+    """The CPU, or the GPU of that number."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "model.device is cuda but torch sees no CUDA device: use cpu, or install a CUDA build of torch"
         )
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {number} of this machine has no GPU, as there are {torch.cuda.device_count()}: start as many "
+            "processes as it has"
+        )
+    return torch.device("cuda", number)
 
 
 def choose_dtype(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> tuple[torch.dtype, str]:

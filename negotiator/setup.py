@@ -15,10 +15,11 @@ from negotiator.dialogue import AGENTS, Table
 from negotiator.engines.base import Engine
 from negotiator.engines.embedded import EmbeddedEngine
 from negotiator.engines.sglang import SGLangEngine
-from negotiator.engines.sglang_http import require_server
+from negotiator.engines.sglang_http import find_servers
 from negotiator.engines.sglang_server import ServerSettings
 from negotiator.judges import LocalJudge, make_judges
 from negotiator.learner import Learner
+from negotiator.lora import load_adapted, require_packages
 from negotiator.models import (
     choose_device,
     choose_dtype,
@@ -27,6 +28,7 @@ from negotiator.models import (
     load_model_config,
     load_tokenizer,
 )
+from negotiator.parallel import ALONE, Sharding, World
 from negotiator.plan import Lengths, Plan, make_plan
 from negotiator.prompts.templates import Templates, stop_ids
 from negotiator.types import Dilemma, PersonaPair, Scenario
@@ -37,6 +39,7 @@ class Checked:
     """A run that can start: configuration, data, wording and sizes fit together; no weights are loaded yet."""
 
     config: Config
+    world: World
     dilemmas: list[Dilemma]
     pairs: list[PersonaPair]
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +47,7 @@ class Checked:
     device: torch.device
     dtype: torch.dtype
     why_dtype: str
-    servers: list[ServerSettings | str]  # of SGLang, where that generates
+    servers: list[ServerSettings]  # of SGLang, where the trainer is to start some
     plan: Plan
 
 
@@ -67,11 +70,16 @@ class Run:
     steps_done: int
 
 
-def check(config: Config) -> Checked:
+def check(config: Config, world: World = ALONE) -> Checked:
     """Raises ValueError or OSError with one sentence for whatever the user has to change."""
     dilemmas, _ = split(load_dilemmas(config.data.dilemmas), config.data.held_out)
     pairs = load_personas(config.data.personas)
-    device = choose_device(config.model.device)
+    require_packages(config.lora)
+    if world.size > 1 and config.engine.kind == "sglang":
+        raise ValueError(
+            "engine.kind sglang works with one trainer process so far: start one without torchrun, or use embedded"
+        )
+    device = choose_device(config.model.device, world.local_rank)
     dtype, why_dtype = choose_dtype(config.model.dtype, device)
     model_config = load_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
@@ -79,7 +87,7 @@ def check(config: Config) -> Checked:
     servers = _servers(config, device, dtype)
     lengths = _longest_prompts(templates, dilemmas, pairs, _uses_local_judge(config))
     plan = make_plan(config, model_config, count_parameters(model_config), lengths, device, dtype)
-    return Checked(config, dilemmas, pairs, tokenizer, templates, device, dtype, why_dtype, servers, plan)
+    return Checked(config, world, dilemmas, pairs, tokenizer, templates, device, dtype, why_dtype, servers, plan)
 
 
 def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path) -> Run:
@@ -88,17 +96,18 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path
     Writes nothing; `folder` is the run's, where servers that the trainer starts will log.
     """
     config = checked.config
-    for url in config.engine.urls:
-        require_server(url)
+    urls = find_servers(config.engine.urls) if config.engine.kind == "sglang" else []
     local = _local_judging(checked) if _uses_local_judge(config) else None
     agreement, reward = make_judges(config.judge, local.judge if local else None)
     steps_done, weights = resume_from or (0, Path(config.model.path))
-    model = load_model(weights, checked.device, checked.dtype)
-    learner = Learner(model, config.optimizer, config.loss, config.dialogue.temperature)
+    learner = _learner(checked, weights)
+    # One process that trains all weights generates with the very same.
+    apart = learner.adapted or checked.world.size > 1
+    model = load_model(config.model.path, checked.device, checked.dtype) if apart else learner.model
     if resume_from:
         checkpoint.load_trainer(weights, learner)
     table = Table(
-        engine=_policy_engine(checked, model, folder),
+        engine=_policy_engine(checked, urls, model, folder),
         tokenizer=checked.tokenizer,
         templates=checked.templates,
         stop_ids=stop_ids(checked.tokenizer, model.generation_config.eos_token_id),
@@ -110,18 +119,35 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path
     return Run(checked, table, local, learner, steps_done)
 
 
-def _policy_engine(checked: Checked, model: PreTrainedModel, folder: Path) -> Engine:
+def _learner(checked: Checked, weights: Path) -> Learner:
+    config, device = checked.config, checked.device
+    sharding = None
+    if checked.world.size > 1:
+        sizes = config.parallel.replicas, config.parallel.offload
+        sharding = Sharding(checked.world, checked.dtype, *sizes, replicate=config.lora.rank > 0)
+    dtype = torch.float32 if sharding and not sharding.replicate else checked.dtype  # masters are what is sharded
+    if config.lora.rank:
+        model = load_adapted(config.model.path, device, dtype, config.lora)
+    else:
+        model = load_model(weights, device, dtype)
+    reference = None
+    if config.loss.beta and not config.lora.rank:
+        reference = load_model(config.model.path, device, dtype)
+    return Learner(model, config.optimizer, config.loss, config.dialogue.temperature, sharding, reference)
+
+
+def _policy_engine(checked: Checked, urls: list[str], model: PreTrainedModel, folder: Path) -> Engine:
     config = checked.config.engine
     if config.kind == "embedded":
         return EmbeddedEngine(model, config)
-    return SGLangEngine(checked.servers, config, folder, same_gpu=not (config.urls or config.gpus))
+    return SGLangEngine(urls or checked.servers, config, folder, same_gpu=not (urls or config.gpus))
 
 
-def _servers(config: Config, device: torch.device, dtype: torch.dtype) -> list[ServerSettings | str]:
-    """The SGLang servers of a run: the settings of the trainer's own, or the URLs of others."""
+def _servers(config: Config, device: torch.device, dtype: torch.dtype) -> list[ServerSettings]:
+    """The SGLang servers that the trainer starts for itself."""
     engine = config.engine
     if engine.kind == "embedded" or engine.urls:
-        return [*engine.urls]
+        return []
     gpus = engine.gpus or ([device.index or 0] * engine.servers if device.type == "cuda" else [])
     each = len(gpus) // engine.servers
     return [

@@ -12,21 +12,38 @@
                 engine.update_weights()    a new version; no key or value of the old one survives
                 folder.log_step()          metrics, transcripts, checkpoint
 
-Left out here: more than one process, evaluation.
+    torchrun --nproc-per-node 4 -m negotiator.train --config configs/quickstart.yaml
+
+Every process negotiates its share of the scenarios; then all have all dialogues, and each learns from its share of the
+micro-batches. One of them writes.
+
+Exit codes: 0 all steps are done, 2 a mistake of the user's, 1 any other error. 143 after SIGTERM and 138 after SIGUSR1
+(128 + the signal's number), which any of the processes may get: the step is finished and saved, and --resume goes on;
+a second one ends the process at once. So a job script sees whether there is more to do (Slurm's
+--dependency=afternotok). torchrun hands on SIGTERM, and kills what still runs after 30 s (torch 2.13:
+--shutdown-timeout); it hands on SIGUSR1 with --signals-to-handle SIGTERM,SIGINT,SIGUSR1.
+
+Left out here: evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
+import io
+import itertools
+import os
+import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from negotiator import advantages, checkpoint, rollout
+from negotiator import advantages, checkpoint, guards, parallel, rollout
+from negotiator.checkpoint import Checkpoints
 from negotiator.config import (
     Config,
     OneSentenceParser,
@@ -37,6 +54,7 @@ from negotiator.config import (
 )
 from negotiator.data import draw_scenarios
 from negotiator.engines.base import EngineStats
+from negotiator.guards import StopSignals, Watchdog
 from negotiator.loss import default_denominator
 from negotiator.packing import pack, turn_samples
 from negotiator.report.metrics import Stopwatch, step_metrics
@@ -47,38 +65,62 @@ from negotiator.setup import Checked, Run, check, prepare
 from negotiator.types import DialogueGroup
 
 
-async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> list[DialogueGroup]:
-    """Runs the remaining steps and returns the dialogues of the last one."""
+async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> tuple[list[DialogueGroup], int]:
+    """Runs the remaining steps; returns the dialogues of the last one and the signal that ended the run early, or 0."""
+    checked, config = run.checked, run.checked.config
+    saves = Checkpoints(folder.checkpoints, run.learner, checked.tokenizer, checked.dtype, config.checkpoint.keep)
+    watchdog = Watchdog(0.9 * config.parallel.timeout_s, f"process {checked.world.rank}")
     try:
-        return await _steps(run, folder, progress)
+        with StopSignals() as signals, watchdog, saves:
+            return await _steps(run, folder, progress, saves, signals, watchdog)
     finally:
         for used in (run.table.engine, run.table.agreement, run.table.reward):
             await used.close()
 
 
-async def _steps(run: Run, folder: RunFolder, progress: TrainingProgress) -> list[DialogueGroup]:
-    config, learner = run.checked.config, run.learner
-    table = dataclasses.replace(run.table, on_utterance=progress.utterance)
-    weights = dict(learner.model.named_parameters()).items()
-    progress.phase("starting the engine")
+async def _steps(
+    run: Run,
+    folder: RunFolder,
+    progress: TrainingProgress,
+    saves: Checkpoints,
+    signals: StopSignals,
+    watchdog: Watchdog,
+) -> tuple[list[DialogueGroup], int]:
+    config, world, dtype, learner = run.checked.config, run.checked.world, run.checked.dtype, run.learner
+
+    def phase(text: str) -> None:
+        progress.phase(text)
+        watchdog.moved(text)
+
+    def uttered() -> None:
+        progress.utterance()
+        watchdog.moved()
+
+    learner.policy.register_forward_pre_hook(lambda *_: watchdog.moved())
+    table = dataclasses.replace(run.table, on_utterance=uttered)
+    weights = learner.weights()
+    phase("starting the engine")
     await table.engine.update_weights(weights, version=run.steps_done)
+    unchanged: int | None = guards.fingerprint(weights, dtype)  # of the weights until the first update
 
     def negotiate(step: int) -> Coroutine[Any, Any, list[DialogueGroup]]:
         dilemmas, pairs = run.checked.dilemmas, run.checked.pairs
         scenarios = draw_scenarios(dilemmas, pairs, config.seed, step, config.rollout.scenarios)
-        return rollout.run(table, step, scenarios, config.rollout.group_size)
+        return rollout.run(table, step, parallel.own_share(world, scenarios), config.rollout.group_size)
 
     groups: list[DialogueGroup] = []
+    skipped_in_a_row = stopped_by = 0
     ahead: asyncio.Task[list[DialogueGroup]] | None = None  # the dialogues of the next step
     for step in range(run.steps_done, config.steps):
         clock = Stopwatch()
         engine_before, judge_before = engine_stats(run)
 
-        progress.phase("negotiating")
+        phase("negotiating")
         if run.local:
             run.local.engine.flush()  # a resumed run finds it empty, so an uninterrupted one must too
             await run.local.judge.warm()
-        groups = await (ahead or negotiate(step))
+        shares = parallel.gather(world, await (ahead or negotiate(step)))
+        groups = sorted(itertools.chain(*shares), key=lambda group: group.scenario.index)
         ahead = asyncio.create_task(negotiate(step + 1)) if config.rollout.ahead and step + 1 < config.steps else None
         spread = advantages.assign(groups)
         if not spread.valid_dialogues:
@@ -87,12 +129,13 @@ async def _steps(run: Run, folder: RunFolder, progress: TrainingProgress) -> lis
 
         samples = turn_samples(groups, config.loss.train_roles)
         denominator = default_denominator(config.loss.type, [len(sample.response_ids) for sample in samples])
-        # Without an advantage or an entropy bonus a sample moves nothing; it still counts in the denominator.
-        moving = [s for s in samples if s.advantage != 0 or config.loss.entropy_coef > 0]
-        batches = pack(moving, config.optimizer.micro_batch_tokens)
+        # Without an advantage, an entropy bonus or a KL term a sample moves nothing; the denominator counts it.
+        always = config.loss.entropy_coef > 0 or config.loss.beta > 0
+        moving = [s for s in samples if s.advantage != 0 or always]
+        batches = pack(moving, config.optimizer.micro_batch_tokens, world.size)
         clock.lap("pack")
 
-        progress.phase("learning")
+        phase("learning")
         if ahead:
             learned = await asyncio.to_thread(learner.step, step, batches, denominator)
         else:
@@ -100,19 +143,42 @@ async def _steps(run: Run, folder: RunFolder, progress: TrainingProgress) -> lis
             learned = learner.step(step, batches, denominator)
         clock.lap("learn")
 
-        progress.phase("sending weights")
+        phase("sending weights")
         await table.engine.update_weights(weights, version=step + 1)
         clock.lap("sync")
 
         engine_after, judge_after = engine_stats(run)
-        engine_did, judge_did = engine_after.since(engine_before), judge_after.since(judge_before)
+        did = parallel.gather(world, (engine_after.since(engine_before), judge_after.since(judge_before)))
+        engine_did, judge_did = map(EngineStats.of_processes, zip(*did, strict=True))
         metrics = step_metrics(step + 1, groups, samples, spread, engine_did, judge_did, learned, clock)
         folder.log_step(metrics, groups)
         progress.step_done(metrics)
-        if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            progress.phase("saving")
-            checkpoint.save(folder.checkpoints, step + 1, learner, run.checked.tokenizer, config.checkpoint.keep)
-    return groups
+
+        skipped_in_a_row = skipped_in_a_row + 1 if guards.skipped(learned) else 0
+        if skipped_in_a_row:
+            folder.log_skipped(step + 1, batches, denominator)
+            progress.line(
+                f"step {step + 1} skipped, as its loss or gradient is not finite; its batches: {folder.skipped}"
+            )
+            guards.require_patience(skipped_in_a_row, folder.skipped)
+        if learned.updated and unchanged is not None:
+            guards.require_agreement(learned.logprob_gap, dtype)
+            guards.require_change(unchanged, guards.fingerprint(weights, dtype))
+            unchanged = None
+
+        last = step + 1 == config.steps
+        saves.check()
+        stopped_by = 0 if last else max(parallel.gather(world, signals.caught))
+        if (step + 1) % config.checkpoint.every == 0 or last or stopped_by:
+            phase("saving")
+            saves.save(step + 1)
+        if stopped_by:
+            if ahead:
+                ahead.cancel()
+            break
+    phase("finishing the checkpoint")
+    saves.wait()
+    return groups, stopped_by
 
 
 def engine_stats(run: Run) -> tuple[EngineStats, EngineStats]:
@@ -123,30 +189,39 @@ def engine_stats(run: Run) -> tuple[EngineStats, EngineStats]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, resume, dry_run = parse_arguments(argv)
-        checked = check(config)
+        world = parallel.join(config.parallel.timeout_s)
+        checked = check(config, world)
         if dry_run:
-            print(f"{dump_config(config)}\n{checked.plan}")
+            if world.leads:
+                print(f"{dump_config(config)}\n{checked.plan}")
             return 0
         run, folder = start(checked, resume)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        guards.tell_once(f"error: {error}")
         return 2
 
-    progress = TrainingProgress(config.steps, run.steps_done, folder.log_line)
+    go_on = f"go on with: python -m negotiator.train --resume {folder.path}"
+    progress = TrainingProgress(config.steps, run.steps_done, folder.log_line, shown=world.leads)
     progress.line(f"{folder.path}: {describe(run)}")
     try:
         with progress.live():
-            groups = asyncio.run(train(run, folder, progress))
+            groups, stopped_by = asyncio.run(train(run, folder, progress))
     except BaseException as error:
-        print(f"stopped early; go on with: python -m negotiator.train --resume {folder.path}", file=sys.stderr)
+        if not world.leads:
+            raise
+        print(f"stopped early; {go_on}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 130
         raise
-    example = best_dialogue(groups)
-    if example:
-        print(f"\n{render(example)}\n")
-    print(f"run folder: {folder.path}")
-    return 0
+    if world.leads and stopped_by:
+        progress.line(f"{signal.Signals(stopped_by).name}: stopped and saved; {go_on}")
+    elif world.leads:
+        if example := best_dialogue(groups):
+            print(f"\n{render(example)}\n")
+        print(f"run folder: {folder.path}", flush=True)
+    parallel.gather(world, None)  # torchrun ends the others when one leaves with a code that is not 0
+    parallel.leave(world)
+    return 128 + stopped_by if stopped_by else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None, bool]:
@@ -166,7 +241,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None, bo
     )
     parser.add_argument("--dry-run", action="store_true", help="print resolved config, token and memory plan, and exit")
     add_config_arguments(parser)
-    arguments = parser.parse_args(argv)
+    first = os.environ.get("RANK", "0") == "0"  # of all processes, which have the same arguments, one speaks
+    with contextlib.redirect_stderr(sys.stderr if first else io.StringIO()):
+        arguments = parser.parse_args(argv)
     resume: Path | None = getattr(arguments, "resume", None)
     path: Path | None = getattr(arguments, "config", None)
     if resume:
@@ -181,15 +258,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None, bo
 def start(checked: Checked, resume: Path | None) -> tuple[Run, RunFolder]:
     """Loads the run and opens its folder. Nothing is written before everything is loaded."""
     config = checked.config
-    path = resume or config.runs / (config.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    named = config.name or parallel.from_leader(checked.world, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    path = resume or config.runs / named
     if resume is None and (path / "config.yaml").exists():
         raise ValueError(f"{path} already holds a run: continue it with --resume {path}, or give another --name")
     newest = checkpoint.newest(path / "checkpoints")
     if newest and newest[0] >= config.steps:
         raise ValueError(f"{path} has already done {newest[0]} steps: give a higher --steps to go on")
-    print(f"loading {newest[1] if newest else config.model.path} ...", flush=True)
+    if checked.world.leads:
+        print(f"loading {newest[1] if newest else config.model.path} ...", flush=True)
     run = prepare(checked, newest, path)
-    folder = RunFolder(path)
+    folder = RunFolder(path, checked.world)
     folder.write_config(dump_config(config))
     folder.forget_after(run.steps_done)
     return run, folder
@@ -202,8 +281,9 @@ def describe(run: Run) -> str:
         f"{'resuming after step ' + str(run.steps_done) if run.steps_done else 'starting'}, "
         f"{len(checked.dilemmas)} dilemmas x {len(checked.pairs)} persona pairs, "
         f"{config.rollout.scenarios} scenarios x {config.rollout.group_size} dialogues a step, "
-        f"{checked.device} in {str(checked.dtype).removeprefix('torch.')} ({checked.why_dtype}), "
-        f"text from {run.table.engine.path}"
+        f"{checked.world.size} process(es) on {checked.device.type} in {str(checked.dtype).removeprefix('torch.')} "
+        f"({checked.why_dtype}), "
+        f"text from {run.table.engine.path}; {run.learner.path}"
     )
 
 

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 env=.venv-sglang
 sglang=$(grep '^sglang==' requirements-sglang.txt)
+router=$(grep '^sglang-router==' requirements-sglang.txt)
 torch=$(grep '^torch==' requirements-sglang.txt)
 triton=triton==3.6.0
 
@@ -14,7 +15,7 @@ install() { "$env/bin/python" -m pip install --quiet --disable-pip-version-check
 "${1:-python3}" -m venv "$env"
 if nvidia-smi -L >/dev/null 2>&1; then
     say "an NVIDIA GPU is here, so $sglang with everything that it asks for; that takes some minutes"
-    install "$sglang"
+    install "$sglang" "$router"
 else
     say "no NVIDIA GPU is here, so $sglang as far as it runs on a CPU; installing $torch"
     install "$torch"

@@ -14,6 +14,7 @@ import pickle
 import socket
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class ScriptedServer:
         self.cached: set[tuple[str, tuple[int, ...]]] = set()
         self.delay_s = 0.0
         self.deterministic = True
+        self.started_in_s = time.perf_counter()
         self.lock = threading.Lock()
         self.port = port
         self.start()
@@ -133,8 +135,11 @@ class ScriptedServer:
     def answer(self, path: str, body: Body) -> Answer:
         if path == "/generate":
             return self.generate(body)
+        known = getattr(self, path[1:], None)
+        if known is None:
+            return 404, {"detail": "Not Found"}
         with self.lock:
-            return getattr(self, path[1:])(body)
+            return known(body)
 
     def generate(self, body: Body) -> Answer:
         with self.lock:
@@ -167,10 +172,13 @@ class ScriptedServer:
         return 200, {"text": "", "output_ids": text, "meta_info": meta}
 
     def server_info(self, body: Body) -> Answer:
-        return 200, {"tp_size": 1, "enable_deterministic_inference": self.deterministic}
-
-    def model_info(self, body: Body) -> Answer:
-        return 200, {"weight_version": self.version}
+        return 200, {
+            "tp_size": 1,
+            "dp_size": 1,
+            "disaggregation_mode": "null",
+            "enable_deterministic_inference": self.deterministic,
+            "startup_time": {"load_weight": 0.25, "scheduler_e2e": self.started_in_s},
+        }
 
     def health_generate(self, body: Body) -> Answer:
         return 200, ""
@@ -229,3 +237,33 @@ class ScriptedServer:
             return 200, {"success": True, "message": "Success."}
         checksums = {name: str(tensor.double().sum().item()) for name, tensor in self.weights.items()}
         return 200, {"success": True, "message": "Success.", "ranks": [{"checksums": checksums}]}
+
+
+class ScriptedRouter(ScriptedServer):
+    """A stand-in for the router in front of them, as sglang-router 0.3.2 words its answers."""
+
+    def __init__(self, *workers: str) -> None:
+        self.healthy = dict.fromkeys(workers, True)
+        super().__init__()
+
+    def workers(self, body: Body) -> Answer:
+        entries = [
+            {
+                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, url)),
+                "url": url,
+                "model_id": "unknown",
+                "priority": 50,
+                "cost": 1.0,
+                "worker_type": "regular",
+                "is_healthy": healthy,
+                "load": 0,
+                "connection_mode": "HTTP",
+                "metadata": {},
+            }
+            for url, healthy in self.healthy.items()
+        ]
+        stats = {"prefill_count": 0, "decode_count": 0, "regular_count": len(entries)}
+        return 200, {"workers": entries, "total": len(entries), "stats": stats}
+
+    def server_info(self, body: Body) -> Answer:
+        return 200, {"router_manager": True, "routers_count": 1, "workers_count": len(self.healthy)}

@@ -113,33 +113,6 @@ def test_packing_order_changes_nothing() -> None:
         torch.testing.assert_close(other[key], row, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_one_layer_equals_explicit_softmax(dtype: torch.dtype, tolerance: float) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 7, 16).to(dtype) for heads in (6, 2, 2))
-    out = PackedLayout([Segment(0, 3), Segment(3, 5, 0, 3), Segment(5, 7, 0, 3)]).attend(0, q, k, v, 0.4)
-    assert (out.dtype, out.shape) == (dtype, (1, 7, 6, 16))
-    seen = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1, 2, 5, 6]]
-    for row, columns in enumerate(seen):
-        for head in range(6):
-            weights = (0.4 * q[0, head, row].double() @ k[0, head // 3, columns].double().T).softmax(-1)
-            expected = weights @ v[0, head // 3, columns].double()
-            torch.testing.assert_close(out[0, row, head].double(), expected, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "segments",
-    [
-        [Segment(0, 3), Segment(4, 7)],  # a hole
-        [Segment(1, 7)],
-        [Segment(0, 3), Segment(3, 7, 0, 2)],  # a prefix that is part of a segment
-    ],
-)
-def test_bad_segments_are_refused(segments: list[Segment]) -> None:
-    with pytest.raises(AssertionError):
-        PackedLayout(segments)
-
-
 @pytest.mark.parametrize(
     ("config", "more", "message"),
     [

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import SMOLLM2
+from test_native_ops import sampling_case
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from negotiator.config import EngineConfig, LossConfig, OptimizerConfig
@@ -21,6 +22,8 @@ from negotiator.loss import grpo_loss, off_reason
 from negotiator.models import load_model
 from negotiator.packing import pack
 from negotiator.types import SamplingParams, TurnSample
+from negotiator_kernels import sample
+from negotiator_kernels.sampling import sample_lists, sample_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -187,3 +190,22 @@ def test_weights_reach_another_process_as_a_handle():
     answer = subprocess.run([sys.executable, "-c", RECEIVER], input=payload, capture_output=True, check=True)
     found = [line.split() for line in answer.stdout.decode().splitlines()]
     assert found == [[name, "cuda", str(tensor.double().sum().item())] for name, tensor in weights.items()]
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(32, 49_152), (5, 151_936)])
+def test_sampling_equals_the_reference_and_waits_once(rows, vocabulary):
+    logits, *rest = (argument.to(CUDA) for argument in sampling_case(rows, vocabulary, 3.0))
+    lists = [argument.tolist() for argument in rest]
+    for of in (logits, logits.bfloat16().float()):  # the latter with many equal logits
+        ids, logprobs = sample(of, *rest, backend="triton")
+        want_ids, want_logprobs = sample_reference(of, *rest)
+        assert torch.equal(ids, want_ids)
+        torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-6, atol=1e-6)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="synchronizing") as warnings:
+                found = sample_lists(of, *lists)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found == (ids.tolist(), logprobs.tolist())
+        assert sum("synchronizing" in str(warning.message) for warning in warnings) == 1

@@ -155,7 +155,7 @@ def test_the_benchmark_compares_both_ways(monkeypatch, capsys):
     rows, wrong = gpu.decoding(torch.device(DEVICE), seconds=60)
     assert wrong == []
     assert [row.what.partition(" of a layer")[0] for row in rows] == [
-        "kernel by kernel", "graphs", "sampling", "attention", "attention",
+        "kernel by kernel", "graphs", "sampling", "sampling, reference", "attention", "attention",
     ]  # fmt: skip
     assert gpu.graph_speedups(rows) == {"tiny, 2 after 9": pytest.approx(rows[0].ms / rows[1].ms, abs=0.01)}
     monkeypatch.setattr(decode, "ATTENTION_LIMITS", {torch.float32: 0.0})

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from helpers import SMOLLM2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks import contenders, rollout
-from benchmarks.contenders import Contender, EnginePlayer, Failed, HuggingFacePlayer, Place, Played, Worker
+from benchmarks import processes, rollout
+from benchmarks.contenders import Contender, EnginePlayer, HuggingFacePlayer, Place, Played, make_player
 from benchmarks.hf_generate import HuggingFace, extrapolate
+from benchmarks.processes import Failed, Worker
 from benchmarks.workload import OWN, Shape, Workload, make_workload
 from negotiator.config import EngineConfig
 from negotiator.data import load_dilemmas, load_personas
@@ -183,18 +185,19 @@ def test_memory_is_the_peak_of_one_round(workload: Workload) -> None:
             torch.ones(self.mib.pop() << 18).sum()
             return Played(1.0, 0.5, 0.5, 1, 1, 0)
 
-        def processes(self) -> list[psutil.Process]:
-            return [psutil.Process()]
+        def processes(self) -> list[int]:
+            return [os.getpid()]
 
     hungry: Any = Hungry(0, 64, 256)
-    large, small, nothing = (contenders._watched(hungry, CPU, workload, 0.0).peak_bytes for _ in range(3))
+    large, small, nothing = (processes._watched(hungry, CPU, workload, 0.0).peak_bytes for _ in range(3))
     assert large - nothing == pytest.approx(256 << 20, rel=0.1)
     assert small - nothing == pytest.approx(64 << 20, rel=0.1)
 
 
 def test_a_worker_that_fails_or_dies_says_why(model: Path, tmp_path: Path, workload: Workload) -> None:
-    bad = Worker(Contender("embedded", "fp32"), Place(tmp_path, CPU, EngineConfig()), workload)
-    good = Worker(Contender("embedded", "fp32"), Place(model, CPU, EngineConfig(cache_tokens=2048)), workload)
+    places = (Place(tmp_path, CPU, EngineConfig()), Place(model, CPU, EngineConfig(cache_tokens=2048)))
+    makers = [functools.partial(make_player, Contender("embedded", "fp32"), place) for place in places]
+    bad, good = (Worker(make, CPU, (workload, 1.0)) for make in makers)
     answer = bad.about()
     assert isinstance(answer, Failed)
     assert answer.why.startswith(f"ValueError: no model at {tmp_path}")

@@ -10,8 +10,9 @@ import pytest
 from helpers import SMOLLM2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks import rollout
-from benchmarks.contenders import Failed, Played
+from benchmarks import processes, rollout
+from benchmarks.contenders import Played
+from benchmarks.processes import Failed, play_rounds
 from benchmarks.rollout_plots import draw
 from benchmarks.rollout_report import Row, make_row, summarise, write_results
 from benchmarks.workload import OWN, Shape, Workload, make_workload
@@ -63,9 +64,9 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rounds]:
     def rounds(budget_s: float, **answers: Sequence[Played | Failed]) -> Rounds:
         log: list[str] = []
         clock = Clock()
-        monkeypatch.setattr(rollout, "time", clock)
+        monkeypatch.setattr(processes, "time", clock)
         workers: Any = {name: Scripted(name, log, iter(some), clock) for name, some in answers.items()}
-        return log, rollout.play_rounds(workers, Workload(SHAPE, [], []), budget_s, limit_s=1.0)
+        return log, play_rounds(workers, (Workload(SHAPE, [], []), 1.0), budget_s)
 
     return rounds
 

@@ -27,7 +27,6 @@ from negotiator.config import EngineConfig
 from negotiator.engines import sglang_fleet, weight_sync
 from negotiator.engines.reuse import PerfectCache
 from negotiator.engines.sglang import SGLangEngine
-from negotiator.engines.sglang_http import require_server
 from negotiator.engines.sglang_server import ServerSettings
 from negotiator.engines.weight_sync import buckets, choose_way
 from negotiator.types import SamplingParams
@@ -291,20 +290,6 @@ def test_the_first_contact_fails_in_one_sentence(serve: Serve) -> None:
     server.stop()
     with pytest.raises(RuntimeError, match=rf"^{server.url}: /server_info failed with ConnectError"):
         run([server], lambda engine: engine.warm(PREFIXES[0]))
-
-
-def test_urls_are_looked_at_before_anything_is_loaded(serve: Serve) -> None:
-    (server,) = serve()
-    require_server(f"{server.url}/")
-    server.trouble = lambda server, path, body: (404, "not found")
-    with pytest.raises(
-        ValueError, match=rf"^{server.url} answers like no SGLang server \(HTTP 404\); see engine\.urls$"
-    ):
-        require_server(server.url)
-    server.stop()
-    for url in (server.url, "localhost:1", "http://[x"):
-        with pytest.raises(ValueError, match=r"^no SGLang server answers at .*, see engine\.urls: "):
-            require_server(url)
 
 
 class Launched:

@@ -7,12 +7,14 @@ tests but the last starts while the first of them runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,6 +119,7 @@ def training(folder: Path, more: dict[str, object]) -> tuple[list[str], dict[str
         "judge.agreement": "negotiator.judges.rewards:after_a_round",
         "judge.reward": "made_up_judge:score",
         "optimizer.lr": "1.0e-4",
+        "optimizer.micro_batch_tokens": 2048,  # the run has to fit beside the server
     }
     options = [word for key, value in (settings | more).items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "negotiator.train", *options]
@@ -377,10 +380,45 @@ def test_names_that_the_server_does_not_know_are_found_out(live: Live) -> None:
     live.push()
 
 
-def test_a_run_negotiates_while_it_learns(live: Live, tmp_path: Path) -> None:
+ROUTER = """
+import sys
+from sglang_router.router import Router
+from sglang_router.router_args import RouterArgs
+Router.from_args(RouterArgs(host="127.0.0.1", port=int(sys.argv[1]), worker_urls=sys.argv[2:])).start()
+"""  # its own command imports sglang, which takes seconds, and some stubs on a CPU
+
+
+@pytest.fixture
+def router(live: Live, tmp_path: Path) -> Iterator[str]:
+    """SGLang's own router in front of the server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (tmp_path / "router.log").open("w") as log:
+        process = subprocess.Popen([PYTHON, "-c", ROUTER, str(port), live.url], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not _lists_a_worker(f"http://127.0.0.1:{port}"):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "router.log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _lists_a_worker(router: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return bool(httpx.get(f"{router}/workers", trust_env=False).json()["workers"])
+    return False
+
+
+def test_a_run_behind_a_router_negotiates_while_it_learns(live: Live, router: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command, environment = training(folder, {"steps": 3, "rollout.ahead": True, "engine.urls": f"[{live.url}]"})
+    urls = [router, live.url.replace("127.0.0.1", "localhost")]  # the same server twice
+    command, environment = training(folder, {"steps": 3, "rollout.ahead": True, "engine.urls": f"[{', '.join(urls)}]"})
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=START_S)
+    assert f"text from SGLang at {live.url}\n" in (folder / "log.txt").read_text()
     versions = []
     for step, row in enumerate(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())):
         assert row["failed_dialogues"] == 0 and row["grad_norm"] > 0

@@ -1,8 +1,9 @@
-"""The real command on a tiny model: what it leaves, how it answers mistakes, and that a kill costs nothing.
+"""The real command on a tiny model: what it leaves, how it answers mistakes, and that no end costs anything.
 
-The model is random (its dialogues are gibberish), the tokenizer and chat template are SmolLM2's, the judges are real.
+The judges are real.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -15,57 +16,28 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import SMOLLM2
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from tiny_run import Together, metrics, write_config, write_model
+from transformers import AutoModelForCausalLM
 
-from negotiator import train
+from negotiator import guards, train
 from negotiator.report.recorder import RunFolder
+from negotiator.types import PackedBatch, Segment
 
 ROOT = Path(__file__).parent.parent
-NOT_REPRODUCED = ("seconds", "tokens_per_s")  # they depend on the clock
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
-    """Random weights small enough that its next token is nearly uniform: agreement and scores then vary by chance."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_model(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def config_file(tiny_model, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    config = {
-        "steps": 5,
-        "model": {"path": str(tiny_model), "dtype": "fp32", "device": "cpu"},
-        "dialogue": {"max_rounds": 2, "max_tokens": 12, "completion_max_tokens": 12},
-        "rollout": {"scenarios": 2, "group_size": 3},
-        "engine": {"cache_tokens": 4096},
-        "judge": {"agreement": "local", "reward": "local"},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "micro_batch_tokens": 1024},
-        "checkpoint": {"every": 2, "keep": 2},
-    }
-    file.write_text(yaml.safe_dump(config))
+    write_config(file, tiny_model)
     return file
 
 
@@ -77,8 +49,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def start(folder: Path, *arguments: object) -> Together:
+    """The same command, without importing everything again; what it prints goes to `folder`."""
+    return Together(train.main, [([*map(str, arguments)],)], folder)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +82,7 @@ def test_a_run_leaves_what_it_promises(finished):
             "loss",
             "grad_norm",
             "logprob_gap",
-            "seconds",
+            "skipped",
         ]
     )
     for row in rows:
@@ -117,7 +90,9 @@ def test_a_run_leaves_what_it_promises(finished):
         assert row["failed_dialogues"] == 0
         assert row["logprob_gap"] < 1e-4
         assert 0 < row["cached_prompt_tokens"] < row["prompt_tokens"]
-        assert sum(row["seconds"].values()) - row["seconds"]["step"] == pytest.approx(row["seconds"]["step"], rel=0.02)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        seconds = json.loads(line)["seconds"]
+        assert sum(seconds.values()) - seconds["step"] == pytest.approx(seconds["step"], rel=0.02)
     assert any(row["grad_norm"] > 0 for row in rows)
     assert any(row["agreement_rate"] > 0 for row in rows)
 
@@ -142,37 +117,105 @@ def test_trained_weights_moved_and_load_elsewhere(finished, tiny_model):
     assert all(moved)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_anywhere_and_resumed_gives_the_same_run(finished, config_file, tmp_path, seed):
-    rng = random.Random(seed)
-    folder = tmp_path / "killed"
-    arguments = ["--config", config_file, "--runs", tmp_path, "--name", "killed"]
-    for kill_after in sorted(rng.sample(range(5), 2)):
-        process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not (folder / "config.yaml").exists() or _lines(folder) < kill_after:
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline, "the run got no further"
-            time.sleep(0.005)
+@pytest.mark.parametrize("ends", [(signal.SIGKILL, signal.SIGKILL), (signal.SIGTERM, signal.SIGKILL)])
+def test_ended_anywhere_and_resumed_gives_the_same_run(finished, config_file, tmp_path, ends):
+    rng = random.Random(len(set(ends)))
+    folder = tmp_path / "ended"
+    arguments = ["--config", config_file, "--runs", tmp_path, "--name", "ended"]
+    for number, (end, end_after) in enumerate(zip(ends, sorted(rng.sample(range(4), 2)), strict=True)):
+        one = start(tmp_path / str(number), *arguments)
+        one.wait_for_steps(folder, end_after)
         time.sleep(rng.uniform(0, 0.6))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        one.signal(0, end)
+        (code,) = one.wait()
+        if end == signal.SIGTERM:
+            assert code == 128 + end
+            assert (folder / "checkpoints" / f"step-{len(metrics(folder))}").exists()
         arguments = ["--resume", folder]
     if not (folder / "checkpoints" / "step-5").exists():
-        assert run(*arguments).returncode == 0
-    whole, resumed = metrics(finished[0]), metrics(folder)
-    for row in whole + resumed:
-        for key in NOT_REPRODUCED:
-            del row[key]
-    assert resumed == whole
+        last = start(tmp_path / "last", *arguments)
+        assert last.wait() == [0], last.printed()
+    assert metrics(folder) == metrics(finished[0])
     for name in ("step-00001.jsonl", "step-00005.jsonl"):
         ours = (folder / "transcripts" / name).read_text()
         assert ours == (finished[0] / "transcripts" / name).read_text()
 
 
-def _lines(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
+def test_steps_without_a_finite_loss_are_skipped_and_three_in_a_row_end_the_run(config_file, tmp_path):
+    # An entropy bonus that fp32 cannot hold.
+    one = start(tmp_path, "--config", config_file, "--runs", tmp_path, "--name", "bad", "--loss.entropy_coef", "1e39")
+    assert one.wait() == [1]
+    folder = tmp_path / "bad"
+    assert (
+        f"3 steps in a row had no finite loss and gradient; their batches are in {folder / 'skipped'}" in one.printed()
+    )
+    assert [(row["skipped"], row["grad_norm"]) for row in metrics(folder)] == [(True, None)] * 3
+    kept = load_file(folder / "skipped" / "step-00003.safetensors")
+    batches = []
+    for number in range(len({name.partition(".")[0] for name in kept})):
+        fields = {field.name: kept[f"{number}.{field.name}"] for field in dataclasses.fields(PackedBatch)}
+        fields["segments"] = tuple(Segment(*row) for row in fields["segments"].tolist())
+        batches.append(PackedBatch(**fields))
+    assert sum(int(batch.logical_tokens) for batch in batches) == metrics(folder)[2]["logical_tokens"]
+    assert sum(int(batch.mask.sum()) for batch in batches) == metrics(folder)[2]["trained_tokens"]
+    moved = [len(list((folder / "checkpoints" / "step-2").glob("trainer/*"))), metrics(folder)[2]["logprob_gap"] < 1e-4]
+    assert moved == [1, True]  # the weights stayed good: the third step's dialogues could be sampled and scored
+
+
+def without_tolerance(*arguments: str) -> int:
+    guards.LARGEST_GAP[torch.float32] = 0.0
+    return train.main(arguments)
+
+
+def test_a_first_update_that_cannot_be_right_ends_the_run(config_file, tmp_path):
+    arguments = ["--config", str(config_file), "--runs", str(tmp_path)]
+    apart = Together(without_tolerance, [(*arguments, "--name", "apart")], tmp_path / "1")
+    still = start(tmp_path / "2", *arguments, "--name", "still", "--optimizer.lr", "1.0e-60")
+    assert apart.wait() == still.wait() == [1]
+    assert "trainer and engine disagree" in apart.printed()
+    assert "the first update changed no weight" in still.printed()
+
+
+def test_gaps_that_rounding_explains_are_none():
+    guards.require_agreement(0.03, torch.bfloat16)
+    guards.require_agreement(1e-5, torch.float32)
+    with pytest.raises(RuntimeError, match="disagree"):
+        guards.require_agreement(0.2, torch.bfloat16)
+
+
+def test_fingerprints_see_one_bit_and_only_what_is_served():
+    tensor = torch.ones(5, 7)
+    changed = tensor.clone()
+    changed[3, 2] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    for dtype, differs in ((torch.float32, True), (torch.bfloat16, False)):
+        before, after = (guards.fingerprint([("w", each)], dtype) for each in (tensor, changed))
+        assert (before != after) == differs
+
+
+def stopped_twice() -> int:
+    with guards.StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.caught == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGTERM)
+    return 0
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    twice = Together(stopped_twice, [()], tmp_path)
+    assert twice.wait() == [-signal.SIGTERM]
+    assert twice.printed().startswith("SIGUSR1: the run ends after this step")
+
+
+def test_the_watchdog_shows_where_a_process_stands_still_once(capfd):
+    with guards.Watchdog(0.2, "process 7") as dog:
+        for _ in range(8):
+            time.sleep(0.05)
+            dog.moved("walking")
+        assert capfd.readouterr().err == ""
+        time.sleep(0.6)
+    said = capfd.readouterr().err
+    assert said.count("process 7: nothing moved for 0 s while walking") == 1
+    assert "test_the_watchdog_shows_where" in said
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config_file, tmp_path):
@@ -211,9 +254,9 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(finished, con
     assert not runs.exists()
 
 
-def test_two_trainers_never_write_into_one_run(finished):
+def test_two_trainers_never_write_into_one_run(finished, tmp_path):
     held = RunFolder(finished[0])
-    result = run("--resume", finished[0], "--steps", "6")
-    assert result.returncode == 2
-    assert "another trainer" in result.stderr
+    second = start(tmp_path, "--resume", finished[0], "--steps", "6")
+    assert second.wait() == [2]
+    assert "another trainer" in second.printed()
     del held

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 # An error, as a ratio of norms, may be this many times that of plain torch in the same dtypes, or a few units in the
 # last place of fp32.
 TIMES = 3.0
-FLOOR = 1e-6
+FLOOR = 2e-6  # a GPU sums up in its own order
 
 
 @pytest.fixture(autouse=True)

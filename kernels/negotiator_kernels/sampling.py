@@ -5,11 +5,15 @@ B = rows, V = vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from negotiator_kernels.availability import native_off_reason
+from negotiator_kernels.availability import native_off_reason, triton_off_reason
+
+Backend = Literal["auto", "reference", "native", "triton"]
 
 
 def sample(
@@ -18,7 +22,7 @@ def sample(
     top_p: torch.Tensor,  # [B] fp32, in (0, 1]
     seeds: torch.Tensor,  # [B] int64
     positions: torch.Tensor,  # [B] int64, index of the token within its generation
-    backend: Literal["auto", "reference", "native"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [B] int64, [B] fp32
     """Draws one token a row; returns ids and their log-probs under the whole vocabulary, before truncation.
 
@@ -27,30 +31,84 @@ def sample(
     u depends on the row's seed and position alone, so a row's result does not depend on the rest of the batch.
     Greedy rows take the lowest index of the largest logit, with its log-prob at temperature 1.
 
-    `auto` is `native` on the CPU and `reference` elsewhere. Raises ValueError for arguments that do not fit together
-    and for a row that cannot be sampled: temperature below 0, top_p outside (0, 1], NaN or +inf among its logits or
-    nothing but -inf.
+    `auto` is `native` on the CPU, `triton` on CUDA devices, and `reference` where that is off. Raises ValueError for
+    arguments that do not fit together and for a row that cannot be sampled: temperature below 0, top_p outside (0, 1],
+    NaN or +inf among its logits or nothing but -inf.
     """
-    _check(logits, temperature, top_p, seeds, positions)
-    if backend == "auto":
-        backend = "native" if logits.device.type == "cpu" and native_off_reason() is None else "reference"
-    if backend == "reference":
-        ids, logprobs = sample_reference(logits, temperature, top_p, seeds, positions)
-    elif backend == "native":
-        if (reason := native_off_reason()) is not None:
-            raise ValueError(f"backend native is off: {reason}")
-        if logits.device.type != "cpu":
-            raise ValueError(f"backend native runs on the CPU; logits are on {logits.device}")
-        ids, logprobs = torch.ops.negotiator_kernels.sample(logits, temperature, top_p, seeds, positions)
-    else:
-        raise ValueError(f"backend must be auto, reference or native, not {backend!r}")
+    ids, logprobs = _sample(logits, temperature, top_p, seeds, positions, backend)
     if (bad := logprobs.isnan()).any():
         row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"row {row} cannot be sampled: temperature {float(temperature[row])} must be at least 0, top_p "
-            f"{float(top_p[row])} in (0, 1], and its logits finite or -inf, not all -inf"
-        )
+        raise _refusal(row, float(temperature[row]), float(top_p[row]))
     return ids, logprobs
+
+
+def sample_lists(
+    logits: torch.Tensor,  # [B, V] fp32, left as it is
+    temperature: Sequence[float],
+    top_p: Sequence[float],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    backend: Backend = "auto",
+) -> tuple[list[int], list[float]]:
+    """`sample` with one copy to the device and one back; it waits for the second alone."""
+    integers = torch.tensor([*seeds, *positions], dtype=torch.int64)
+    floats = torch.tensor([*temperature, *top_p], dtype=torch.float32)
+    arguments = torch.cat((integers, floats.view(torch.int64))).to(logits.device, non_blocking=True)
+    seed, position, bits = arguments.tensor_split(3)
+    heat, mass = bits.view(torch.float32).tensor_split(2)
+    ids, logprobs = _sample(logits, heat, mass, seed, position, backend)
+    drawn, logs = torch.stack((ids.double(), logprobs.double())).tolist()  # ids are exact in fp64
+    for row, log in enumerate(logs):
+        if math.isnan(log):
+            raise _refusal(row, temperature[row], top_p[row])
+    return [int(token) for token in drawn], logs
+
+
+def _sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `sample`, but rows that cannot be sampled get a log-prob of NaN: finding them out means waiting."""
+    _check(logits, temperature, top_p, seeds, positions)
+    if backend == "auto":
+        backend = _best(logits.device)
+    if backend == "reference":
+        return sample_reference(logits, temperature, top_p, seeds, positions)
+    if backend == "triton":
+        if (reason := triton_off_reason()) is not None:
+            raise ValueError(f"backend triton is off: {reason}")
+        if logits.device.type != "cuda":
+            raise ValueError(f"backend triton runs on a GPU; logits are on {logits.device}")
+        from negotiator_kernels import triton_sampling
+
+        return triton_sampling.sample(logits, temperature, top_p, seeds, positions)
+    if backend != "native":
+        raise ValueError(f"backend must be auto, reference, native or triton, not {backend!r}")
+    if (reason := native_off_reason()) is not None:
+        raise ValueError(f"backend native is off: {reason}")
+    if logits.device.type != "cpu":
+        raise ValueError(f"backend native runs on the CPU; logits are on {logits.device}")
+    ids, logprobs = torch.ops.negotiator_kernels.sample(logits, temperature, top_p, seeds, positions)
+    return ids, logprobs
+
+
+def _best(device: torch.device) -> Backend:
+    if device.type == "cpu" and native_off_reason() is None:
+        return "native"
+    if device.type == "cuda" and triton_off_reason() is None:
+        return "triton"
+    return "reference"
+
+
+def _refusal(row: int, temperature: float, top_p: float) -> ValueError:
+    return ValueError(
+        f"row {row} cannot be sampled: temperature {temperature} must be at least 0, top_p {top_p} in (0, 1], and its "
+        "logits finite or -inf, not all -inf"
+    )
 
 
 def sample_reference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -31,6 +31,14 @@ class EngineStats:
     def since(self, earlier: EngineStats) -> EngineStats:
         """What was added after `earlier` was taken."""
         return EngineStats(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+    @staticmethod
+    def of_processes(stats: Sequence[EngineStats]) -> EngineStats:
+        """Of engines side by side: counts are added up, seconds averaged."""
+        sums = EngineStats(*(sum(getattr(s, f.name) for s in stats) for f in fields(EngineStats)))
+        return replace(
+            sums, prefill_seconds=sums.prefill_seconds / len(stats), decode_seconds=sums.decode_seconds / len(stats)
+        )
 
 
 class Engine(Protocol):

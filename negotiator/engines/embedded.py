@@ -28,8 +28,8 @@ from negotiator.engines.kv_cache import KVCache, Reservation
 from negotiator.engines.native_forward import NativeForward, native_forward_off_reason
 from negotiator.engines.reuse import PerfectCache
 from negotiator.types import Generation, SamplingParams
-from negotiator_kernels import sample
 from negotiator_kernels.availability import triton_off_reason
+from negotiator_kernels.sampling import sample_lists
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -332,14 +332,14 @@ class EmbeddedEngine:
             return finished
         if len(sampled) < len(requests):
             logits = logits[[row for _, _, row in sampled]]
-        ids, logprobs = sample(
+        ids, logprobs = sample_lists(
             logits,
-            torch.tensor([p.temperature for _, p, _ in sampled], dtype=torch.float32, device=logits.device),
-            torch.tensor([p.top_p for _, p, _ in sampled], dtype=torch.float32, device=logits.device),
-            torch.tensor([p.seed for _, p, _ in sampled], device=logits.device),
-            torch.tensor([len(r.logprobs) for r, _, _ in sampled], device=logits.device),
+            temperature=[sampling.temperature for _, sampling, _ in sampled],
+            top_p=[sampling.top_p for _, sampling, _ in sampled],
+            seeds=[sampling.seed for _, sampling, _ in sampled],
+            positions=[len(request.logprobs) for request, _, _ in sampled],
         )
-        for (request, sampling, _), token, logprob in zip(sampled, ids.tolist(), logprobs.tolist(), strict=True):
+        for (request, sampling, _), token, logprob in zip(sampled, ids, logprobs, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
             if token in sampling.stop_ids:

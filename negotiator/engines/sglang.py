@@ -8,7 +8,9 @@
 The requests of a server that goes down (`sglang_fleet`) move to another one, which warms their prefix first, or wait.
 Every wait has a limit, and its error says what it waited for.
 
-Left out: an SGLang router in front of the servers. It cannot hand on weights, and placing prefixes is done here.
+An SGLang router is asked for its workers when a run begins, and never again: weights, caches and checksums are each
+server's own, so servers are talked to directly, and prefixes are placed here. A worker that goes down is treated like
+any other server; one that joins the router later takes part from the next start on, which may be a resumption.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class SGLangEngine:
         self, servers: Sequence[ServerSettings | str], config: EngineConfig, logs: Path, same_gpu: bool = False
     ) -> None:
         """`servers`, `logs` and `same_gpu`: see `Fleet`."""
-        self.path = f"{len(servers)} SGLang server(s)"
+        urls = [server for server in servers if isinstance(server, str)]
+        self.path = f"SGLang at {', '.join(urls)}" if urls else f"{len(servers)} SGLang server(s)"
         self._client = new_client()
         self._fleet = Fleet(servers, config, logs, self._client, same_gpu)
         self._config = config

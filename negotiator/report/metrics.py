@@ -8,6 +8,7 @@ from typing import Any
 
 from negotiator.advantages import AdvantageStats
 from negotiator.engines.base import EngineStats
+from negotiator.guards import skipped
 from negotiator.learner import LearnerStats
 from negotiator.types import DialogueGroup, TurnSample
 
@@ -53,8 +54,9 @@ def step_metrics(
         "judge": judge_seconds,
         "pack": clock.seconds["pack"],
         "forward": stats.forward_seconds,
+        "loss": stats.loss_seconds,
         "backward": stats.backward_seconds,
-        "optimizer": learn - stats.forward_seconds - stats.backward_seconds,
+        "optimizer": learn - stats.forward_seconds - stats.loss_seconds - stats.backward_seconds,
         "sync": clock.seconds["sync"],
     }
     return {
@@ -73,11 +75,15 @@ def step_metrics(
         "cached_prompt_tokens": engine.cached_prompt_tokens,
         "cached_fraction_of_ideal": engine.cached_fraction_of_ideal,
         "utterance_tokens_mean": sum(len(s.response_ids) for s in samples) / len(samples),
+        "skipped": skipped(stats),
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "learning_rate": stats.learning_rate,
         "logprob_gap": stats.logprob_gap,
         "entropy": stats.entropy,
+        "approx_kl": stats.approx_kl,
+        "clip_fraction": stats.clip_fraction,
+        "reference_kl": stats.reference_kl,
         "computed_tokens": stats.computed_tokens,
         "logical_tokens": stats.logical_tokens,
         "tokens_per_s": engine.generated_tokens / clock.total(),

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class TrainingProgress:
     """Shows steps done, what the current step is doing, and a line of figures after each step."""
 
-    def __init__(self, steps: int, done: int, log_line: Callable[[str], None]) -> None:
-        self._console = Console(highlight=False)
+    def __init__(self, steps: int, done: int, log_line: Callable[[str], None], shown: bool = True) -> None:
+        self._console = Console(highlight=False, quiet=not shown)
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),

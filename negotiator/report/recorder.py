@@ -4,58 +4,100 @@ runs/<name>/config.yaml                 resolved configuration
             metrics.jsonl               one object a step
             transcripts/step-00001.jsonl   every dialogue of a step
             checkpoints/step-N/         see `checkpoint`
+            skipped/step-00001.safetensors   what a step would have learned whose loss or gradient was not finite
             log.txt                     what the terminal showed, without the live display
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from negotiator.types import Dialogue, DialogueGroup
+import torch
+from safetensors.torch import save_file
+
+from negotiator import parallel
+from negotiator.parallel import ALONE, World
+from negotiator.types import Dialogue, DialogueGroup, PackedBatch
 
 
 class RunFolder:
-    """Holds the folder's lock while it lives, so that two trainers never write into one run."""
+    """Holds the folder's lock while it lives, so that two trainers never write into one run.
 
-    def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+    Of a trainer's processes one writes; in the others nothing here does anything.
+    """
+
+    def __init__(self, path: Path, world: World = ALONE) -> None:
+        """Raises ValueError, in all processes, if another trainer writes there."""
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._lock = open(path / ".lock", "w")  # noqa: SIM115 - the open file is the lock
+        self.skipped = path / "skipped"
+        self._writes = world.leads
+        if not parallel.from_leader(world, self._writes and self._lock()):
+            raise ValueError(f"another trainer is writing to {path}; wait for it or choose another --name")
+
+    def _lock(self) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._locked = open(self.path / ".lock", "w")  # noqa: SIM115 - the open file is the lock
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another trainer is writing to {path}; wait for it or choose another --name") from None
+            return False
+        return True
 
     def write_config(self, text: str) -> None:
-        _write_atomically(self.path / "config.yaml", text)
+        if self._writes:
+            _write_atomically(self.path / "config.yaml", text)
 
     def forget_after(self, steps_done: int) -> None:
         """Drops the records of steps that the checkpoint at `steps_done` does not contain; they will be run again."""
         metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
+        if self._writes and metrics.exists():
             # A kill in mid-write can leave one torn line, always the last and always after the checkpoint.
             kept = metrics.read_text().splitlines(keepends=True)[:steps_done]
             _write_atomically(metrics, "".join(kept))
 
     def log_step(self, metrics: dict[str, Any], groups: Sequence[DialogueGroup]) -> None:
+        if not self._writes:
+            return
         folder = self.path / "transcripts"
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(_transcript(d), ensure_ascii=False) + "\n" for group in groups for d in group.dialogues]
         _write_atomically(folder / f"step-{metrics['step']:05d}.jsonl", "".join(lines))
         with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(_valid(metrics), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
+    def log_skipped(self, step: int, batches: Sequence[PackedBatch], denominator: float) -> None:
+        """Each tensor of each batch as `<number>.<field>`, segments as rows of their four fields."""
+        if not self._writes:
+            return
+        self.skipped.mkdir(exist_ok=True)
+        tensors = {}
+        for number, batch in enumerate(batches):
+            for field in dataclasses.fields(batch):
+                value = getattr(batch, field.name)
+                if field.name == "segments":
+                    value = torch.tensor([dataclasses.astuple(segment) for segment in value])
+                tensors[f"{number}.{field.name}"] = torch.as_tensor(value)
+        save_file(tensors, self.skipped / f"step-{step:05d}.safetensors", {"denominator": str(denominator)})
+
     def log_line(self, line: str) -> None:
-        with open(self.path / "log.txt", "a") as file:
-            file.write(line + "\n")
+        if self._writes:
+            with open(self.path / "log.txt", "a") as file:
+                file.write(line + "\n")
+
+
+def _valid(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold: null for a figure that is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
 
 
 def _transcript(dialogue: Dialogue) -> dict[str, Any]:
