@@ -7,7 +7,9 @@ import torch
 from helpers import made_up_samples, tiny_llama
 
 from negotiator.attention import PackedLayout
-from negotiator.packing import pack, turn_samples
+from negotiator.config import LossConfig
+from negotiator.learner import Policy
+from negotiator.packing import pack, padding_batch, turn_samples
 from negotiator.types import Dialogue, DialogueGroup, Dilemma, Generation, PackedBatch, Persona, Scenario, Utterance
 
 
@@ -97,3 +99,32 @@ def test_turn_samples_leave_out_failed_dialogues_and_untrained_roles():
     assert [sample.prefix_key for sample in both] == [(0, "agent1"), (0, "agent2")]
     assert all(sample.advantage == -0.5 and sample.response_ids == (4, 5) for sample in both)
     assert [sample.prefix_key for sample in turn_samples([group], "agent1")] == [(0, "agent1")]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("max_tokens", [100, 200])
+def test_every_process_gets_as_many_micro_batches_of_about_the_same_size(processes, max_tokens):
+    samples = made_up_samples(groups=6, per_group=12)
+    batches = pack(samples, max_tokens, processes)
+    assert len(batches) % processes == 0
+    sizes = [len(batch.input_ids) for batch in batches]
+    assert max(sizes) <= max_tokens
+    longest = max(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+    assert sum(sizes) / len(sizes) > max(sizes) - longest, "one is larger than the others by more than a sample"
+    assert sum(int(batch.mask.sum()) for batch in batches) == sum(len(s.response_ids) for s in samples)
+
+
+def test_groups_are_split_only_where_balance_asks_for_it():
+    samples = made_up_samples(groups=4, per_group=8)
+    units = len({sample.prefix_key for sample in samples})
+    prefixes = sum(batch.position_ids.eq(0).sum() for batch in pack(samples, 10**6, processes=1))
+    assert prefixes == units
+    assert sum(batch.position_ids.eq(0).sum() for batch in pack(samples, 10**6, processes=8)) > units
+
+
+def test_padding_trains_nothing_and_reaches_every_weight():
+    model = tiny_llama()
+    loss, *_ = Policy(model, LossConfig(), 1.0)(padding_batch(), 10.0)
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
