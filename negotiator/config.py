@@ -156,7 +156,7 @@ class LoRAConfig(Section):
 class ParallelConfig(Section):
     replicas: int = Field(1, ge=1, description="groups of processes that hold a whole copy of the weights each (HSDP)")
     offload: bool = Field(False, description="keep sharded weights and optimizer in the CPU's memory")
-    timeout_s: float = Field(600.0, gt=0, description="longest wait of a process for the others, seconds")
+    timeout_s: float = Field(1800.0, gt=0, description="longest wait of a process for the others, seconds")
 
 
 class CheckpointConfig(Section):

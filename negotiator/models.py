@@ -59,12 +59,6 @@ def load_model_config(path: Path | str) -> PretrainedConfig:
     return config
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.num_parameters()
-
-
 def load_model(path: Path | str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A causal LM in evaluation mode (a trained policy must not differ from the sampled one by dropout)."""
     _require_model(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from negotiator import checkpoint
 from negotiator.config import Config
 from negotiator.data import load_dilemmas, load_personas, split
 from negotiator.dialogue import AGENTS, Table
-from negotiator.engines.base import Engine
+from negotiator.engines.base import Engine, LeadersEngine
 from negotiator.engines.embedded import EmbeddedEngine
 from negotiator.engines.sglang import SGLangEngine
 from negotiator.engines.sglang_http import find_servers
@@ -23,13 +24,12 @@ from negotiator.lora import load_adapted, require_packages
 from negotiator.models import (
     choose_device,
     choose_dtype,
-    count_parameters,
     load_model,
     load_model_config,
     load_tokenizer,
 )
 from negotiator.parallel import ALONE, Sharding, World
-from negotiator.plan import Lengths, Plan, make_plan
+from negotiator.plan import Lengths, Place, Plan, available_memory, make_plan
 from negotiator.prompts.templates import Templates, stop_ids
 from negotiator.types import Dilemma, PersonaPair, Scenario
 
@@ -67,26 +67,44 @@ class Run:
     table: Table
     local: LocalJudging | None  # None when no judge is local
     learner: Learner
+    served: PreTrainedModel  # the policy as the engine serves it: the trained model itself, or a copy in plain weights
     steps_done: int
 
+    @property
+    def generates(self) -> bool:
+        """Whether this process negotiates; the servers that all of them share are the leader's alone."""
+        return not isinstance(self.table.engine, LeadersEngine)
 
-def check(config: Config, world: World = ALONE) -> Checked:
-    """Raises ValueError or OSError with one sentence for whatever the user has to change."""
+    def serve(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """The newest weights, for the engine. Where they are sharded all processes have to call this together."""
+        own = dict(self.served.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.learner.weights():
+                if own[name].data_ptr() != tensor.data_ptr():
+                    own[name].copy_(tensor)
+        return own.items()
+
+
+def check(config: Config, world: World = ALONE, here: bool = True) -> Checked:
+    """Raises ValueError or OSError with one sentence for whatever the user has to change.
+
+    Not `here`: for a plan of a run on other machines; they are taken to have the device that is configured.
+    """
     dilemmas, _ = split(load_dilemmas(config.data.dilemmas), config.data.held_out)
     pairs = load_personas(config.data.personas)
     require_packages(config.lora)
-    if world.size > 1 and config.engine.kind == "sglang":
-        raise ValueError(
-            "engine.kind sglang works with one trainer process so far: start one without torchrun, or use embedded"
-        )
-    device = choose_device(config.model.device, world.local_rank)
+    if here or config.model.device == "auto":
+        device = choose_device(config.model.device, world.local_rank)
+    else:
+        device = torch.device(config.model.device)
     dtype, why_dtype = choose_dtype(config.model.dtype, device)
     model_config = load_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     templates = Templates(tokenizer)
     servers = _servers(config, device, dtype)
     lengths = _longest_prompts(templates, dilemmas, pairs, _uses_local_judge(config))
-    plan = make_plan(config, model_config, count_parameters(model_config), lengths, device, dtype)
+    place = Place(device, dtype, world.size, available_memory(device) if here else None)
+    plan = make_plan(config, model_config, lengths, place)
     return Checked(config, world, dilemmas, pairs, tokenizer, templates, device, dtype, why_dtype, servers, plan)
 
 
@@ -96,27 +114,29 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path
     Writes nothing; `folder` is the run's, where servers that the trainer starts will log.
     """
     config = checked.config
-    urls = find_servers(config.engine.urls) if config.engine.kind == "sglang" else []
+    urls: list[str] = []
+    if config.engine.kind == "sglang" and checked.world.leads:
+        urls = find_servers(config.engine.urls)
     local = _local_judging(checked) if _uses_local_judge(config) else None
     agreement, reward = make_judges(config.judge, local.judge if local else None)
     steps_done, weights = resume_from or (0, Path(config.model.path))
     learner = _learner(checked, weights)
     # One process that trains all weights generates with the very same.
     apart = learner.adapted or checked.world.size > 1
-    model = load_model(config.model.path, checked.device, checked.dtype) if apart else learner.model
+    served = load_model(config.model.path, checked.device, checked.dtype) if apart else learner.model
     if resume_from:
         checkpoint.load_trainer(weights, learner)
     table = Table(
-        engine=_policy_engine(checked, urls, model, folder),
+        engine=_policy_engine(checked, urls, served, folder),
         tokenizer=checked.tokenizer,
         templates=checked.templates,
-        stop_ids=stop_ids(checked.tokenizer, model.generation_config.eos_token_id),
+        stop_ids=stop_ids(checked.tokenizer, served.generation_config.eos_token_id),
         agreement=agreement,
         reward=reward,
         config=config.dialogue,
         seed=config.seed,
     )
-    return Run(checked, table, local, learner, steps_done)
+    return Run(checked, table, local, learner, served, steps_done)
 
 
 def _learner(checked: Checked, weights: Path) -> Learner:
@@ -140,6 +160,8 @@ def _policy_engine(checked: Checked, urls: list[str], model: PreTrainedModel, fo
     config = checked.config.engine
     if config.kind == "embedded":
         return EmbeddedEngine(model, config)
+    if (config.urls or config.gpus) and not checked.world.leads:
+        return LeadersEngine()
     return SGLangEngine(urls or checked.servers, config, folder, same_gpu=not (urls or config.gpus))
 
 
@@ -184,8 +206,10 @@ def _longest_prompts(
     pair = max(pairs, key=lambda p: len(p.a.text) + len(p.b.text))
     longest = sorted(dilemmas, key=lambda dilemma: len(dilemma.text))[-8:]
     scenarios = [Scenario(0, dilemma, pair.a, pair.b, pair.id) for dilemma in longest]
+    prompts = [templates.utterance_prompt(scenario, agent, [], "all") for scenario in scenarios for agent in AGENTS]
     return Lengths(
-        utterance_prompt=max(len(templates.utterance_prompt(s, a, [], "all")[0]) for s in scenarios for a in AGENTS),
+        utterance_prompt=max(len(ids) for ids, _ in prompts),
+        utterance_prefix=max(prefix for _, prefix in prompts),
         completion_prompt=max(len(templates.completion_prompt(s, [])) for s in scenarios),
         judge_prompt=max(
             max(len(templates.agreement_prompt(s, [])), len(templates.score_prompt(s, ""))) for s in scenarios

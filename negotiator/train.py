@@ -40,7 +40,7 @@ import sys
 from collections.abc import Coroutine, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from negotiator import advantages, checkpoint, guards, parallel, rollout
 from negotiator.checkpoint import Checkpoints
@@ -57,6 +57,8 @@ from negotiator.engines.base import EngineStats
 from negotiator.guards import StopSignals, Watchdog
 from negotiator.loss import default_denominator
 from negotiator.packing import pack, turn_samples
+from negotiator.parallel import World
+from negotiator.plan import MEASURED_MFU, STATED_RATE
 from negotiator.report.metrics import Stopwatch, step_metrics
 from negotiator.report.progress import TrainingProgress
 from negotiator.report.recorder import RunFolder
@@ -98,21 +100,25 @@ async def _steps(
 
     learner.policy.register_forward_pre_hook(lambda *_: watchdog.moved())
     table = dataclasses.replace(run.table, on_utterance=uttered)
-    weights = learner.weights()
     phase("starting the engine")
+    weights = run.serve()
     await table.engine.update_weights(weights, version=run.steps_done)
     unchanged: int | None = guards.fingerprint(weights, dtype)  # of the weights until the first update
+    generators = [rank for rank, generates in enumerate(parallel.gather(world, run.generates)) if generates]
 
     def negotiate(step: int) -> Coroutine[Any, Any, list[DialogueGroup]]:
         dilemmas, pairs = run.checked.dilemmas, run.checked.pairs
         scenarios = draw_scenarios(dilemmas, pairs, config.seed, step, config.rollout.scenarios)
-        return rollout.run(table, step, parallel.own_share(world, scenarios), config.rollout.group_size)
+        own = scenarios[generators.index(world.rank) :: len(generators)] if run.generates else []
+        return rollout.run(table, step, own, config.rollout.group_size)
 
     groups: list[DialogueGroup] = []
     skipped_in_a_row = stopped_by = 0
     ahead: asyncio.Task[list[DialogueGroup]] | None = None  # the dialogues of the next step
+    clock = Stopwatch()
     for step in range(run.steps_done, config.steps):
-        clock = Stopwatch()
+        clock.next_step()
+        clock.lap("record")
         engine_before, judge_before = engine_stats(run)
 
         phase("negotiating")
@@ -144,6 +150,7 @@ async def _steps(
         clock.lap("learn")
 
         phase("sending weights")
+        weights = run.serve()
         await table.engine.update_weights(weights, version=step + 1)
         clock.lap("sync")
 
@@ -188,14 +195,17 @@ def engine_stats(run: Run) -> tuple[EngineStats, EngineStats]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        config, resume, dry_run = parse_arguments(argv)
+        command = parse_arguments(argv)
+        config = command.config
         world = parallel.join(config.parallel.timeout_s)
-        checked = check(config, world)
-        if dry_run:
-            if world.leads:
-                print(f"{dump_config(config)}\n{checked.plan}")
+        elsewhere = World(size=command.processes) if command.processes is not None else None
+        checked = check(config, elsewhere or world, here=elsewhere is None)
+        if command.dry_run and world.leads:
+            print(f"{dump_config(config)}\n{checked.plan.text(command.mfu)}", flush=True)
+        checked.plan.require_room()
+        if command.dry_run:
             return 0
-        run, folder = start(checked, resume)
+        run, folder = start(checked, command.resume)
     except (ValueError, OSError) as error:
         guards.tell_once(f"error: {error}")
         return 2
@@ -224,12 +234,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None, bool]:
-    """(configuration, run folder to resume, dry run?)."""
+class Command(NamedTuple):
+    config: Config
+    resume: Path | None  # a run folder
+    dry_run: bool
+    processes: int | None  # of the planned run, on machines that are not at hand
+    mfu: float
+
+
+def parse_arguments(argv: Sequence[str] | None) -> Command:
     parser = OneSentenceParser(
         prog="python -m negotiator.train",
         description="Trains a language model to negotiate: self-play, LLM judges, GRPO on the dialogue tokens.",
-        usage="%(prog)s [--config FILE | --resume RUN] [--section.key VALUE ...] [--dry-run]",
+        usage="%(prog)s [--config FILE | --resume RUN] [--section.key VALUE ...] "
+        "[--dry-run [--processes N] [--mfu SHARE]]",
     )
     parser.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="YAML file; presets are in configs/")
     parser.add_argument(
@@ -239,11 +257,31 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None, bo
         default=argparse.SUPPRESS,
         help="run folder to continue from its newest checkpoint; single settings may be given anew, such as --steps",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print resolved config, token and memory plan, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print resolved config, plan of tokens, arithmetic and memory, and exit"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="dry run: plan for so many, one on each GPU (--model.device cuda) of machines that are not at hand",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        default=MEASURED_MFU,
+        help=f"dry run: share of {STATED_RATE / 1e12:.0f} bf16 TFLOP/s that the learner reaches (default: %(default)s, "
+        "measured on an H200)",
+    )
     add_config_arguments(parser)
     first = os.environ.get("RANK", "0") == "0"  # of all processes, which have the same arguments, one speaks
     with contextlib.redirect_stderr(sys.stderr if first else io.StringIO()):
         arguments = parser.parse_args(argv)
+        if not arguments.dry_run and (arguments.processes is not None or arguments.mfu != MEASURED_MFU):
+            parser.error("--processes and --mfu are for --dry-run; torchrun starts the processes of a run")
+        if arguments.mfu <= 0 or (arguments.processes is not None and arguments.processes < 1):
+            parser.error("--processes and --mfu have to be positive")
     resume: Path | None = getattr(arguments, "resume", None)
     path: Path | None = getattr(arguments, "config", None)
     if resume:
@@ -252,7 +290,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None, bo
         path = resume / "config.yaml"
         if not path.is_file():
             raise ValueError(f"{resume} is not a run folder: it has no config.yaml")
-    return load_config(path, config_overrides(arguments)), resume, arguments.dry_run
+    config = load_config(path, config_overrides(arguments))
+    return Command(config, resume, arguments.dry_run, arguments.processes, arguments.mfu)
 
 
 def start(checked: Checked, resume: Path | None) -> tuple[Run, RunFolder]:

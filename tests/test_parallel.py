@@ -13,10 +13,11 @@ import pytest
 import torch
 from helpers import SMOLLM2, made_up_samples, tiny_llama
 from safetensors.torch import load_file, save_file
+from scripted_sglang import ScriptedServer
 from tiny_run import PATIENCE_S, Together, metrics, write_config, write_model
 from transformers import AutoTokenizer
 
-from negotiator import parallel, train
+from negotiator import guards, parallel, train
 from negotiator.checkpoint import Checkpoints, load_trainer
 from negotiator.config import LossConfig, OptimizerConfig
 from negotiator.learner import Learner
@@ -193,3 +194,29 @@ def test_a_mistake_is_told_once_and_by_whoever_made_it(config_file, tmp_path):
     own.kill()
     assert own.processes[1].exitcode == 2
     assert "process 1: error: no model at nowhere" in own.printed(1)
+
+
+def with_made_up_logprobs(*arguments: str) -> int:
+    guards.LARGEST_GAP[torch.float32] = 1e9  # those of a scripted server are no model's
+    return train.main(arguments)
+
+
+def test_servers_that_all_processes_share_are_the_leaders(config_file, tmp_path):
+    server = ScriptedServer()
+    rewards = ("--judge.agreement", "negotiator.judges.rewards:after_a_round", "--judge.reward", f"{__name__}:letters")
+    served = ("--engine.kind", "sglang", "--engine.urls", f"[{server.url}]", "--engine.sync", "tensor", "--steps", "2")
+    arguments = [*map(str, ("--config", config_file, "--runs", tmp_path, "--name", "served")), *rewards, *served]
+    both = Together(with_made_up_logprobs, [arguments] * 2, tmp_path / "served-output")
+    try:
+        assert both.wait() == [0, 0], both.printed()
+        assert not server.misused
+        assert server.version == "2"
+        saved = load_file(tmp_path / "served" / "checkpoints" / "step-2" / "model.safetensors")
+        assert all(torch.equal(server.weights[name], tensor) for name, tensor in saved.items())
+    finally:
+        server.stop()
+    assert len(metrics(tmp_path / "served")) == 2
+
+
+def letters(scenario, dialogue) -> float:
+    return sum(len(utterance.text) for utterance in dialogue.utterances) % 6

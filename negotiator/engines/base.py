@@ -74,3 +74,26 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class LeadersEngine:
+    """An `Engine` for a process that leaves all generation to the leader, who has the servers."""
+
+    path = "the leader's servers"
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        raise AssertionError("only the leader generates")
+
+    async def next_logprobs(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        raise AssertionError("only the leader generates")
+
+    async def warm(self, prefix_ids: Sequence[int]) -> None: ...
+
+    async def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
+
+    async def release(self) -> None: ...
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    async def close(self) -> None: ...

@@ -14,11 +14,15 @@ from negotiator.types import DialogueGroup, TurnSample
 
 
 class Stopwatch:
-    """Seconds by phase; every moment since it was made belongs to exactly one lap."""
+    """Seconds by phase of a step; every moment since it was made belongs to exactly one lap of one step."""
 
     def __init__(self) -> None:
         self._started = self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
+
+    def next_step(self) -> None:
+        """A step begins where the last lap ended."""
+        self._started, self.seconds = self._last, {}
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
@@ -42,12 +46,13 @@ def step_metrics(
     """`samples` are all of the step, those that a zero advantage kept from the learner too.
 
     `engine` and `judge` are what the two engines did in this step; the local judge's forward passes are taken out of
-    the rollout's seconds. Rates and means are over the dialogues that ended.
+    the rollout's seconds. `record` is what the step before did too late for its own line: writing that line and the
+    transcripts, checks, and what a checkpoint keeps the trainer waiting for. Rates and means are over the dialogues
+    that ended.
     """
     dialogues = [dialogue for group in groups for dialogue in group.dialogues]
     ended = [dialogue for dialogue in dialogues if dialogue.state != "failed"]
     judge_seconds = judge.prefill_seconds + judge.decode_seconds
-    learn = clock.seconds["learn"]
     seconds = {
         "step": clock.total(),
         "rollout": clock.seconds["rollout"] - judge_seconds,
@@ -56,8 +61,9 @@ def step_metrics(
         "forward": stats.forward_seconds,
         "loss": stats.loss_seconds,
         "backward": stats.backward_seconds,
-        "optimizer": learn - stats.forward_seconds - stats.loss_seconds - stats.backward_seconds,
+        "optimizer": stats.optimizer_seconds,
         "sync": clock.seconds["sync"],
+        "record": clock.seconds["record"],
     }
     return {
         "step": step,
