@@ -168,7 +168,7 @@ async def _steps(
                 f"step {step + 1} skipped, as its loss or gradient is not finite; its batches: {folder.skipped}"
             )
             guards.require_patience(skipped_in_a_row, folder.skipped)
-        if learned.updated and unchanged is not None:
+        if learned.updated and learned.grad_norm > 0 and unchanged is not None:
             guards.require_agreement(learned.logprob_gap, dtype)
             guards.require_change(unchanged, guards.fingerprint(weights, dtype))
             unchanged = None

@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import made_up_samples, tiny_llama
 from peft import PeftModel
+from tiny_run import Together, metrics, write_config, write_model
 from transformers import AutoModelForCausalLM
 
+from negotiator import merge, train
 from negotiator.config import LoRAConfig, LossConfig, OptimizerConfig
 from negotiator.learner import Learner
 from negotiator.lora import load_adapted, save_adapter, without_adapters
@@ -85,3 +87,35 @@ def test_peft_reads_what_was_saved(base, tmp_path):
     found = dict(model.merge_and_unload().named_parameters())
     for name, tensor in learner.weights():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+def letters(scenario, dialogue) -> float:
+    """A reward that differs between dialogues."""
+    return sum(len(utterance.text) for utterance in dialogue.utterances) % 6
+
+
+def test_a_run_saves_adapters_goes_on_with_them_and_can_be_merged(tmp_path, capsys):
+    write_model(tmp_path / "model")
+    write_config(tmp_path / "config.yaml", tmp_path / "model")
+    rewards = ("--judge.agreement", "negotiator.judges.rewards:after_a_round", "--judge.reward", f"{__name__}:letters")
+    given = ("--config", tmp_path / "config.yaml", "--runs", tmp_path, "--lora.rank", 4, "--loss.beta", 0.1, *rewards)
+
+    def run(*arguments: object) -> None:
+        one = Together(train.main, [([*map(str, arguments)],)], tmp_path / "output")
+        assert one.wait() == [0], one.printed()
+
+    run(*given, "--name", "whole", "--steps", 3)
+    run(*given, "--name", "halves", "--steps", 2)
+    run("--resume", tmp_path / "halves", "--steps", 3)
+    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "whole")[2]["reference_kl"] > 0
+
+    saved = tmp_path / "whole" / "checkpoints" / "step-3"
+    assert merge.main([str(saved), "--to", str(tmp_path / "merged")]) == 0
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("model", "merged")
+    )
+    moved = {n for (n, a), b in zip(base.named_parameters(), merged.parameters(), strict=True) if not torch.equal(a, b)}
+    assert moved == {n for n, p in base.named_parameters() if p.dim() == 2 and "embed" not in n}
+    assert merge.main([str(tmp_path / "model"), "--to", str(tmp_path / "again")]) == 2
+    assert "holds no adapters" in capsys.readouterr().err
