@@ -59,10 +59,11 @@ from benchmarks.learner_report import (
     summarise_steps,
 )
 from benchmarks.learner_steps import OurStepPlayer, TRLPlayer, trl_off_reason
-from benchmarks.learner_workload import MODELS, Model, Shape, Workload, make_workload, of_tokens
+from benchmarks.learner_workload import MODELS, Shape, Workload, make_workload, of_tokens
 from benchmarks.processes import Failed, Player, Worker, await_ready, play_rounds
 from benchmarks.workload import make_workload as make_prompts
 from negotiator.config import ModelConfig, OptimizerConfig
+from negotiator.flops import Model
 from negotiator.models import choose_device, choose_dtype, load_tokenizer
 
 BAR = Shape(scenarios=1, group=8, rounds=3, prefix=256, context=128, utterance=64)

@@ -26,8 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.decode import make_model
-from benchmarks.learner_workload import Work, Workload, separate
+from benchmarks.learner_workload import Workload, separate
 from negotiator.config import LossConfig, OptimizerConfig
+from negotiator.flops import Work
 from negotiator.learner import Learner
 from negotiator.loss import default_denominator
 from negotiator.packing import pack

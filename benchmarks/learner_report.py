@@ -12,10 +12,11 @@ import torch
 
 from benchmarks.learner_contenders import Played
 from benchmarks.learner_steps import StepPlayed
-from benchmarks.learner_workload import Model, Shape, Work, Workload
+from benchmarks.learner_workload import Shape, Workload
 from benchmarks.measure import sample
 from benchmarks.processes import Failed
 from negotiator.config import OptimizerConfig
+from negotiator.flops import Model, Work
 
 STATED_PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12}  # FLOP/s of dense bf16 products, by a part of the GPU's name
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is timed

@@ -1,4 +1,4 @@
-"""What the learner benchmark trains on, and how much arithmetic that is.
+"""What the learner benchmark trains on.
 
 Dialogues are as `negotiator.packing.turn_samples` gives them: agents speak in turns, every utterance is a sample, and
 the samples of one (scenario, agent) share a prefix. The prompt of a dialogue's first utterance adds OWN tokens to it, a
@@ -8,19 +8,17 @@ later one's the window of what was said. Token ids are random, so that nobody sh
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers import PretrainedConfig, Qwen3Config
 
 from benchmarks import decode
 from benchmarks.workload import OWN
 from negotiator.dialogue import AGENTS
 from negotiator.seeds import derive_seed
-from negotiator.types import PackedBatch, TurnSample
+from negotiator.types import TurnSample
 
 MODELS: dict[str, PretrainedConfig] = {
     **{name.lower(): config for name, config in decode.MODELS.items()},
@@ -95,55 +93,3 @@ def make_workload(shape: Shape, vocabulary: int) -> Workload:
 def separate(samples: Iterable[TurnSample]) -> list[TurnSample]:
     """The same samples with nothing in common."""
     return [replace(sample, prefix_key=(i, "agent1"), prefix_len=0) for i, sample in enumerate(samples)]
-
-
-class Work(NamedTuple):
-    """What somebody computes in a step; padding does not count."""
-
-    tokens: int
-    trained: int  # rows of logits that a gradient comes from
-    pairs: int  # of a token and one that it sees, itself included
-
-    @classmethod
-    def of_batches(cls, batches: Sequence[PackedBatch]) -> Work:
-        pairs = 0
-        for segment in (segment for batch in batches for segment in batch.segments):
-            own, prefix = segment.end - segment.start, segment.prefix_end - segment.prefix_start
-            pairs += own * prefix + own * (own + 1) // 2
-        tokens = sum(len(batch.input_ids) for batch in batches)
-        return cls(tokens, sum(int(batch.mask.sum()) for batch in batches), pairs)
-
-    @classmethod
-    def of_samples(cls, samples: Sequence[TurnSample]) -> Work:
-        """Each computed alone."""
-        lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
-        trained = sum(len(sample.response_ids) for sample in samples)
-        return cls(sum(lengths), trained, sum(n * (n + 1) // 2 for n in lengths))
-
-
-class Model(NamedTuple):
-    """The sizes that say how much arithmetic a token is."""
-
-    matrices: int  # parameters of all linear layers but the output embedding
-    head: int  # of the output embedding
-    attention: int  # layers times heads times head dimension
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Model:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        layers = (module for module in model.get_decoder().modules() if isinstance(module, nn.Linear))
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            matrices=sum(layer.weight.numel() for layer in layers),
-            head=model.get_output_embeddings().weight.numel(),
-            attention=config.num_hidden_layers * config.num_attention_heads * head_dim,
-        )
-
-    def flop(self, work: Work) -> int:
-        """Of a forward and a backward pass: three products of two operations, twice that for attention's two.
-
-        Logits count for trained rows alone, attention for what is really seen, and nothing counts that is computed a
-        second time, as by activation checkpointing.
-        """
-        return 6 * (self.matrices * work.tokens + self.head * work.trained) + 12 * self.attention * work.pairs

@@ -19,7 +19,7 @@ from benchmarks.decode import make_model
 from benchmarks.learner_contenders import HuggingFacePlayer, LearnerPlayer, Place, Played, padded_batches
 from benchmarks.learner_report import Rates, Setting, make_row, summarise, summarise_steps
 from benchmarks.learner_steps import OurStepPlayer, StepPlayed, TRLPlayer
-from benchmarks.learner_workload import MODELS, Model, Shape, Work, Workload, make_workload, of_tokens, separate
+from benchmarks.learner_workload import MODELS, Shape, Workload, make_workload, of_tokens, separate
 from benchmarks.processes import Failed
 from benchmarks.workload import OWN
 from benchmarks.workload import Shape as PromptShape
@@ -27,6 +27,7 @@ from benchmarks.workload import make_workload as make_prompts
 from negotiator.attention import PackedLayout
 from negotiator.config import OptimizerConfig
 from negotiator.dialogue import AGENTS
+from negotiator.flops import Model, Work
 from negotiator.packing import pack
 
 CPU = torch.device("cpu")

@@ -218,14 +218,6 @@ def test_the_watchdog_shows_where_a_process_stands_still_once(capfd):
     assert "test_the_watchdog_shows_where" in said
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(config_file, tmp_path):
-    result = run("--config", config_file, "--runs", tmp_path / "runs", "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert "memory in all" in result.stdout
-    assert yaml.safe_load(result.stdout.split("\nplan")[0])["steps"] == 5
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(finished, config_file, tmp_path, capsys):
     bad_data = tmp_path / "bad.jsonl"
     bad_data.write_text('{"id": "a", "text": "What now?"}\n{"id": "b"}\n')
