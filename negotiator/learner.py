@@ -283,10 +283,12 @@ class Learner:
             sums.forward_seconds += self.policy.loss_started - started
             sums.loss_seconds += forward_done - self.policy.loss_started
             sums.backward_seconds += _now(device) - forward_done
+        started = _now(device)
         names = ("loss", "gap", "entropy", "approx_kl", "clipped", "reference_kl", "tokens")
         totals = parallel.sum_up(self.world, [getattr(sums, name) for name in names])
         if self._sharding and self._sharding.replicate:
             parallel.average(self.world, [master.grad for master in self.masters.values() if master.grad is not None])
+        sums.backward_seconds += _now(device) - started  # what is left of it: sharded gradients are averaged within it
         return dataclasses.replace(sums, **dict(zip(names, totals, strict=True))), found
 
     @torch.no_grad()
