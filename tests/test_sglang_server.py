@@ -33,8 +33,9 @@ SGLANG_PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 CPU = ServerSettings(Path(sys.executable), SMOLLM2, dtype="float32", device="cpu")
 
 TRAINER = """
-import asyncio, json, os, sys, time
+import asyncio, json, os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 from negotiator.engines.sglang_server import ServerSettings, SGLangServer
 
 python, model, log, plan = sys.argv[1:]
