@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import importlib.util
 import json
 import os
@@ -131,12 +132,15 @@ def write_results(rows: Sequence[Row], dtype: str, device: torch.device, folder:
         writer = csv.DictWriter(file, [*asdict(rows[0]), *where])
         writer.writeheader()
         writer.writerows(asdict(row) | where for row in rows)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not installed; python -m benchmarks.plots CSV draws them anywhere")
-    else:
-        from benchmarks.plots import draw
+    draw_plots("benchmarks.plots", path)
 
-        print("wrote", path, *draw(path))
+
+def draw_plots(module: str, path: Path) -> None:
+    """Pictures of a CSV that was written, by `module`.draw, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"wrote {path}; no plots, as matplotlib is not installed: python -m {module} {path} draws them anywhere")
+    else:
+        print("wrote", path, *importlib.import_module(module).draw(path))
 
 
 def chosen(names: Sequence[str] | None) -> list[Provider]:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import sys
@@ -45,7 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import learner_steps
 from benchmarks.gpu import write_csv
-from benchmarks.kernels import RESULTS, device_name, result_path, stamp
+from benchmarks.kernels import RESULTS, device_name, draw_plots, result_path, stamp
 from benchmarks.learner_contenders import HuggingFacePlayer, LearnerPlayer, Place, wait
 from benchmarks.learner_report import (
     Rates,
@@ -241,12 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += some
     write_csv(rows, Row._fields, stem, device, arguments.out)
     path = result_path(arguments.out, stem, device, "csv")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed; python -m benchmarks.learner_plots CSV draws it anywhere")
-    elif any(row.seconds for row in rows):
-        from benchmarks.learner_plots import draw
-
-        print("wrote", path, draw(path))
+    if any(row.seconds for row in rows):
+        draw_plots("benchmarks.learner_plots", path)
     if arguments.profile:
         profile_step(place, workloads[0], result_path(arguments.out, f"{stem}-trace", device, "json.gz"))
     figures = summarise([row for row in rows if row.shape == shapes[0]], rates) | summarise_steps(steps)

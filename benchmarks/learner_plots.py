@@ -25,7 +25,7 @@ QUANTITIES = {
 PHASES = ("forward", "loss", "backward", "optimizer", "other")
 
 
-def draw(path: Path) -> Path:
+def draw(path: Path) -> list[Path]:
     """A PNG beside the CSV."""
     with open(path, newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["seconds"]]
@@ -42,7 +42,7 @@ def draw(path: Path) -> Path:
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110)
     plt.close(figure)
-    return target
+    return [target]
 
 
 def _against_tokens(ax: Axes, lines: list[Line], quantity: str, scale: float) -> None:
@@ -77,4 +77,4 @@ def _phases(ax: Axes, lines: list[Line]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m benchmarks.learner_plots CSV")
-    print(draw(Path(sys.argv[1])))
+    print(*draw(Path(sys.argv[1])))

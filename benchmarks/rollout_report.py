@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.contenders import Played
+from benchmarks.kernels import draw_plots
 from benchmarks.processes import Failed
 from benchmarks.workload import Shape, Workload
 
@@ -129,9 +129,4 @@ def write_results(rows: Sequence[Row], about: dict[str, str], path: Path) -> Non
         writer = csv.DictWriter(file, [*asdict(rows[0]), *about])
         writer.writeheader()
         writer.writerows(asdict(row) | about for row in rows)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed; python -m benchmarks.rollout_plots CSV draws it anywhere")
-    else:
-        from benchmarks.rollout_plots import draw
-
-        print("wrote", path, *draw(path))
+    draw_plots("benchmarks.rollout_plots", path)

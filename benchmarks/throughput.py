@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -42,7 +41,7 @@ import psutil
 import torch
 
 from benchmarks.gpu import write_csv
-from benchmarks.kernels import RESULTS, result_path, stamp
+from benchmarks.kernels import RESULTS, draw_plots, result_path, stamp
 from negotiator.config import Config, ModelConfig
 from negotiator.models import choose_device, choose_dtype, load_tokenizer
 from negotiator.types import Dialogue, Scenario
@@ -338,12 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stem = "throughput-quick" if arguments.quick else "throughput"
     write_csv(rows, Row._fields, stem, device, arguments.out)
     path = result_path(arguments.out, stem, device, "csv")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed; python -m benchmarks.throughput_plots CSV draws it anywhere")
-    elif any(row.seconds for row in rows):
-        from benchmarks.throughput_plots import draw
-
-        print("wrote", path, draw(path))
+    if any(row.seconds for row in rows):
+        draw_plots("benchmarks.throughput_plots", path)
     about = {"shape": base._asdict(), "model": rows[0].model, "dtype": rows[0].dtype, **stamp(device)}
     print(json.dumps(summarise(rows) | about))
     return int(any(row.status == "failed" for row in rows))

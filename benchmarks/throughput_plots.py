@@ -20,7 +20,7 @@ Line = dict[str, str]  # of the CSV
 AXES = {"scenarios": "scenarios", "group": "dialogues of a scenario", "max_tokens": "tokens of a text, at most"}
 
 
-def draw(path: Path) -> Path:
+def draw(path: Path) -> list[Path]:
     """A PNG beside the CSV: the first shape in all ways, then a panel for each thing that others vary."""
     with open(path, newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["seconds"]]
@@ -51,7 +51,7 @@ def draw(path: Path) -> Path:
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110)
     plt.close(figure)
-    return target
+    return [target]
 
 
 def _way(line: Line) -> str:
@@ -73,4 +73,4 @@ def _bars(ax: Axes, bars: dict[str, Line]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m benchmarks.throughput_plots CSV")
-    print(draw(Path(sys.argv[1])))
+    print(*draw(Path(sys.argv[1])))

@@ -180,8 +180,7 @@ def load_trainer(path: Path, learner: Learner) -> None:
     for name, master in learner.masters.items():
         if f"exp_avg.{name}" in saved:
             moments = {part: torch.zeros_like(master) for part in ("exp_avg", "exp_avg_sq")}
-            on_gpu = learner.optimizer.defaults["fused"]
-            count = torch.tensor(float(about["updates"]), device=master.device if on_gpu else "cpu")
+            count = torch.tensor(float(about["updates"]), device=master.device)
             learner.optimizer.state[master] = {"step": count, **moments}
             state |= {f"{part}.{name}": moment for part, moment in moments.items()}
     for name, tensor in state.items():

@@ -82,7 +82,7 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
@@ -140,7 +140,7 @@ def tell_once(mistake: str) -> None:
     key, soon, said = "negotiator/mistake", timedelta(seconds=5), ""
     try:  # not by collectives, which need all processes: maybe only some went wrong
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*address, timeout=soon)  # type: ignore[attr-defined]
+        store = dist.TCPStore(*address, timeout=soon)  # type: ignore[attr-defined]  # not re-exported by name
         if rank == 0:
             store.set(key, mistake)
             store.wait([f"{key}/heard/{other}" for other in range(1, size)])  # the store may end with this process

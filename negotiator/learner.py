@@ -74,6 +74,15 @@ class _Sums:
     backward_seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class Pass:
+    """A micro-batch of this process, and log-probs [T] that are the same in every update."""
+
+    batch: PackedBatch
+    reference: torch.Tensor | None  # of the initial policy; None where nothing weighs them
+    old: torch.Tensor | None = None  # of the policy before the first update, which finds them
+
+
 class Policy(nn.Module):
     """A causal LM with the loss on top.
 
@@ -212,16 +221,13 @@ class Learner:
         apart), or with a loss or gradient that is not finite, the weights and the optimizer stay as they are.
         """
         learning_rate = self.config.lr * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
-        own = self._own_share(batches)
         started = _now(self.model.device)
-        references = [self._reference_logprobs(batch) for batch in own]
+        passes = self.passes(batches)
         reference_seconds = _now(self.model.device) - started
-        old: list[torch.Tensor | None] = [None] * len(own)
         updates: list[tuple[_Sums, float, bool]] = []
         optimizer_seconds = 0.0
         while batches and len(updates) < self.config.updates and all(updated for *_, updated in updates):
-            sums, logprobs = self._accumulate(own, denominator, old, references)
-            old = old if updates else [*logprobs]
+            sums = self.accumulate(passes, denominator)
             started = _now(self.model.device)
             updates.append((sums, *self._update(learning_rate, sums.loss)))
             optimizer_seconds += _now(self.model.device) - started
@@ -245,41 +251,33 @@ class Learner:
             optimizer_seconds=optimizer_seconds,
         )
 
-    def accumulate(self, batches: Sequence[PackedBatch], denominator: float) -> _Sums:
-        """Adds the gradients of `batches` to the masters' and returns what was seen on the way, over all processes."""
-        own = self._own_share(batches)
-        references = [self._reference_logprobs(batch) for batch in own]
-        return self._accumulate(own, denominator, [None] * len(own), references)[0]
-
-    def _own_share(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    def passes(self, batches: Sequence[PackedBatch]) -> list[Pass]:
+        """This process's share of `batches`, which are those of all."""
         own = parallel.own_share(self.world, batches)
         # As many passes as everybody else's, or those who have one more would wait for the others for ever.
         missing = -(-len(batches) // self.world.size) - len(own)
-        return [*own, *[padding_batch()] * missing]
+        own += [padding_batch()] * missing
+        return [Pass(batch, self._reference_logprobs(batch)) for batch in own]
 
-    def _accumulate(
-        self,
-        own: Sequence[PackedBatch],
-        denominator: float,
-        old: Sequence[torch.Tensor | None],
-        references: Sequence[torch.Tensor | None],
-    ) -> tuple[_Sums, list[torch.Tensor]]:
-        """The sums, and the log-probs [T] of each of this process's own batches."""
-        sums, device, found = _Sums(), self.model.device, []
-        for batch, old_logprobs, ref_logprobs in zip(own, old, references, strict=True):
+    def accumulate(self, passes: Sequence[Pass], denominator: float) -> _Sums:
+        """Adds the gradients of `passes` to the masters' and returns what was seen on the way, over all processes."""
+        sums, device = _Sums(), self.model.device
+        for each in passes:
+            mask = each.batch.mask.to(device)
             started = _now(device)
-            loss, logprobs, seen = self.policy(batch, denominator, old_logprobs, ref_logprobs)
+            loss, logprobs, seen = self.policy(each.batch, denominator, each.old, each.reference)
             forward_done = _now(device)
             (loss * self.world.size).backward()  # gradients are averaged, and the losses have to add up
-            found.append(logprobs.detach())
+            if each.old is None:
+                each.old = logprobs.detach()
             sums.loss += loss.item()
             gap, entropy, approx_kl, clipped = seen.tolist()
             sums.gap, sums.entropy = sums.gap + gap, sums.entropy + entropy
             sums.approx_kl, sums.clipped = sums.approx_kl + approx_kl, sums.clipped + clipped
-            if ref_logprobs is not None:
-                distance = (ref_logprobs - found[-1])[batch.mask.to(device)]
+            if each.reference is not None:
+                distance = (each.reference - logprobs.detach())[mask]
                 sums.reference_kl += (distance.exp() - distance - 1).sum().item()
-            sums.tokens += int(batch.mask.sum())
+            sums.tokens += int(each.batch.mask.sum())
             sums.forward_seconds += self.policy.loss_started - started
             sums.loss_seconds += forward_done - self.policy.loss_started
             sums.backward_seconds += _now(device) - forward_done
@@ -289,7 +287,7 @@ class Learner:
         if self._sharding and self._sharding.replicate:
             parallel.average(self.world, [master.grad for master in self.masters.values() if master.grad is not None])
         sums.backward_seconds += _now(device) - started  # what is left of it: sharded gradients are averaged within it
-        return dataclasses.replace(sums, **dict(zip(names, totals, strict=True))), found
+        return dataclasses.replace(sums, **dict(zip(names, totals, strict=True)))
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:

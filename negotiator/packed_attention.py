@@ -101,7 +101,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) 
     kernel, _ = choose_kernel(q.device, q.dtype, q.shape[-1])
     if kernel is None:
         return looped_attention(q, k, v, plan.segments, scale)
-    out: Tensor = MergedAttention.apply(q, k, v, plan, kernel, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = MergedAttention.apply(q, k, v, plan, kernel, scale)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 

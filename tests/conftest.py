@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +34,22 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 5 * 101 * 8)
     monkeypatch.setattr(exponentials, "TILE_STEP", 8)
     monkeypatch.setitem(exponentials.TILE_BYTES, "cpu", 5 * 40 * 4)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_run import write_model  # few tests need it, and its imports take long
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of seconds, on the tiny model."""
+    from tiny_run import write_config
+
+    file = tmp_path_factory.mktemp("tiny-config") / "tiny.yaml"
+    write_config(file, tiny_model)
+    return file

@@ -47,7 +47,7 @@ def test_gradient_equals_the_oracle(max_tokens):
     expected_loss, expected = oracle_gradients(samples)
     learner = new_learner()
     denominator = default_denominator("dapo", [len(s.response_ids) for s in samples])
-    sums = learner.accumulate(pack(samples, max_tokens), denominator)
+    sums = learner.accumulate(learner.passes(pack(samples, max_tokens)), denominator)
     found = {name: master.grad for name, master in learner.masters.items()}
     assert relative_error(found, expected) < 1e-5
     assert sums.loss == pytest.approx(expected_loss, rel=1e-5)
@@ -58,7 +58,7 @@ def test_bf16_gradient_is_near_the_oracle_and_accumulates_in_fp32():
     _, expected = oracle_gradients(samples)
     learner = new_learner(torch.bfloat16)
     denominator = default_denominator("dapo", [len(s.response_ids) for s in samples])
-    learner.accumulate(pack(samples, 40), denominator)
+    learner.accumulate(learner.passes(pack(samples, 40)), denominator)
     assert all(parameter.grad is None for parameter in learner.model.parameters())
     assert all(master.grad.dtype == torch.float32 for master in learner.masters.values())
     assert relative_error({name: m.grad for name, m in learner.masters.items()}, expected) < 0.05
@@ -72,7 +72,7 @@ def test_skipping_samples_without_advantage_changes_no_gradient():
     gradients = []
     for kept in (samples, [s for s in samples if s.advantage != 0]):
         learner = new_learner()
-        learner.accumulate(pack(kept, 64), denominator)
+        learner.accumulate(learner.passes(pack(kept, 64)), denominator)
         gradients.append({name: master.grad.double() for name, master in learner.masters.items()})
     assert relative_error(gradients[1], gradients[0]) < 1e-6
 
@@ -95,7 +95,7 @@ def test_warm_up_clipping_and_reported_norm():
     rates = [learner.step(step, pack(samples, 100), 50.0).learning_rate for step in range(6)]
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
     fresh = new_learner()
-    fresh.accumulate(pack(samples, 100), 50.0)
+    fresh.accumulate(fresh.passes(pack(samples, 100)), 50.0)
     norm = math.sqrt(sum((m.grad.double() ** 2).sum().item() for m in fresh.masters.values()))
     assert new_learner().step(0, pack(samples, 100), 50.0).grad_norm == pytest.approx(norm, rel=1e-5)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny_run import PATIENCE_S, metrics, write_config, write_model
+from tiny_run import PATIENCE_S, metrics
 from torch.distributed import run as distributed_run
 
 ROOT = Path(__file__).parent.parent
@@ -38,14 +38,6 @@ printf '%s\\n' "$@" > "$ASKED"
 [[ $END == wait ]] || exit "$END"
 while :; do sleep 0.01; done
 """
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_model(folder / "model")
-    write_config(folder / "tiny.yaml", folder / "model")
-    return folder / "tiny.yaml"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from helpers import SMOLLM2, made_up_samples, tiny_llama
 from safetensors.torch import load_file, save_file
 from scripted_sglang import ScriptedServer
-from tiny_run import PATIENCE_S, Together, metrics, write_config, write_model
+from tiny_run import PATIENCE_S, Together, metrics
 from transformers import AutoTokenizer
 
 from negotiator import guards, parallel, train
@@ -131,14 +131,6 @@ def test_a_checkpoint_without_the_files_of_a_process_is_refused(results, tmp_pat
     missing.unlink()
     with pytest.raises(ValueError, match="lacks parts"):
         load_trainer(path, new_learner(ALONE, load_model(path, torch.device("cpu"), torch.float32), torch.float32))
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_model(folder / "model")
-    write_config(folder / "tiny.yaml", folder / "model")
-    return folder / "tiny.yaml"
 
 
 def start(folder: Path, *arguments: object, own: tuple[object, ...] = ()) -> Together:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import Together, metrics, write_config, write_model
+from tiny_run import Together, metrics
 from transformers import AutoModelForCausalLM
 
 from negotiator import guards, train
@@ -25,20 +25,6 @@ from negotiator.report.recorder import RunFolder
 from negotiator.types import PackedBatch, Segment
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config_file(tiny_model, tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    write_config(file, tiny_model)
-    return file
 
 
 def command(*arguments: object) -> list[str]:

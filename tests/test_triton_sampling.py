@@ -132,7 +132,7 @@ def test_lists_are_those_of_sample():
         sample_lists(logits, *lists)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="there is a GPU")
+@pytest.mark.skipif(not INTERPRETED, reason="with a GPU the backend is on")
 def test_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match="backend triton is off: torch"):
         sample(*sampling_case(1, 20, 1.0), backend="triton")
