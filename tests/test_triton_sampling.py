@@ -136,3 +136,22 @@ def test_lists_are_those_of_sample():
 def test_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match="backend triton is off: torch"):
         sample(*sampling_case(1, 20, 1.0), backend="triton")
+
+
+def test_tokens_beyond_the_ties_stay_out_where_more_probable_ones_follow():
+    """32 equal tokens, of which 8 are in the nucleus, in other blocks than the 16 above them."""
+    rows = 40
+    logits = torch.cat((torch.zeros(32), torch.ones(16))).repeat(rows, 1)
+    top_p = (16 * math.e + 7.5) / (16 * math.e + 32)
+    ones, seeds = torch.ones(rows), torch.arange(rows)
+    ids, _ = check(logits, ones, torch.full((rows,), top_p), seeds, torch.zeros_like(seeds))
+    assert set(ids.tolist()) <= {*range(8), *range(32, 48)}
+    assert {*range(8)} & {*ids.tolist()} and {*range(32, 48)} & {*ids.tolist()}
+
+
+def test_the_smallest_random_number_takes_the_first_token_of_the_nucleus():
+    seeds, positions = torch.tensor([-4188647063337296395]), torch.tensor([0])
+    assert uniform(seeds, positions) == 0
+    case = torch.tensor([[-math.inf, -5.0, 0.0, 1.0]]), torch.ones(1), torch.tensor([0.9]), seeds, positions
+    assert check(*case)[0].tolist() == [2]
+    assert sample(*case)[0].tolist() == [2]
