@@ -418,7 +418,7 @@ def test_a_run_behind_a_router_negotiates_while_it_learns(live: Live, router: st
     urls = [router, live.url.replace("127.0.0.1", "localhost")]  # the same server twice
     command, environment = training(folder, {"steps": 3, "rollout.ahead": True, "engine.urls": f"[{', '.join(urls)}]"})
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=START_S)
-    assert f"text from SGLang at {live.url}\n" in (folder / "log.txt").read_text()
+    assert f"text from SGLang at {live.url}; " in (folder / "log.txt").read_text()
     versions = []
     for step, row in enumerate(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())):
         assert row["failed_dialogues"] == 0 and row["grad_norm"] > 0
