@@ -33,10 +33,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,8 +63,8 @@ class Checkpoints:
         self._learner, self._tokenizer, self._dtype = learner, tokenizer, dtype
         # The thread's collectives must not meet those of the step that is done meanwhile.
         self._group = dist.new_group(backend="gloo") if learner.world.size > 1 else None
-        on_gpu = learner.model.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        # Not the public DefaultStager around it, which torch 2.11 and 2.12 close after its first use (pytorch #183413).
+        self._stager = StateDictStager(pin_memory=learner.model.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -94,8 +94,9 @@ class Checkpoints:
             partial.mkdir(parents=True)
         write_export = begin_export(self._learner, self._dtype, partial)
         state, updates = _trainer_state(self._learner)
-        staged = self._stager.stage(state)
-        assert isinstance(staged, dict)  # not a future of one, as was asked for
+        staged = self._stager.stage(state, non_blocking=True)
+        if self._learner.model.device.type == "cuda":
+            torch.cuda.synchronize()
         about = {"steps_done": steps_done, "updates": updates}
         self._writing = self._thread.submit(self._write, partial, staged, write_export, about)
 
