@@ -2,8 +2,8 @@
 
 Both sample at temperature 1 from the whole vocabulary, exactly as many tokens as asked for, and are rewarded for the
 share of vowels. Ours is `negotiator.train`'s step with dialogues of a single utterance, which is what TRL knows. TRL is
-in its own defaults, but without gradient checkpointing, which costs it time, and without logs. Of its two steps after
-a small one the second counts, when it has its optimizer's memory.
+in its own defaults, but without gradient checkpointing, which costs it time, and without logs. Of two steps in a row,
+after small ones, the second counts: it finds all memory, the optimizer's too, that it needs.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class OurStepPlayer:
         self.about = self._engine.path
 
     def play(self, workload: Workload) -> StepPlayed:
+        self._runner.run(self._step(workload))
         return self._runner.run(self._step(workload))
 
     async def _step(self, workload: Workload) -> StepPlayed:

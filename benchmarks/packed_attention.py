@@ -1,9 +1,10 @@
-"""The learner's attention on a GPU: exact? and how fast, forward and backward, beside a loop and FlexAttention.
+"""The learner's attention: exact? and how fast, forward and backward?
 
     python -m benchmarks.packed_attention
 
-Checked are outputs and gradients in bf16 and fp16, relative to the norm, against the loop in fp64 on the same inputs,
-and the log-sum-exps. Takes under a minute; exits with 1 when something is not exact.
+On a GPU it is checked in bf16 and fp16 and timed beside a loop and FlexAttention; without one, our own kernel for the
+CPU is, in fp32, beside torch's, by turns. Checked are outputs and gradients, relative to the norm, against the loop in
+fp64 on the same inputs, and on a GPU the log-sum-exps. Takes about a minute; exits with 1 when something is not exact.
 
 Shapes: T packed tokens, Hq query heads, Hkv key/value heads, D head dimension.
 """
@@ -22,14 +23,28 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from negotiator.packed_attention import FLASH, Plan, choose_kernel, looped_attention, make_plan, packed_attention
+from negotiator.packed_attention import (
+    CPU,
+    FLASH,
+    FLASH_RUNS,
+    NATIVE,
+    Kernel,
+    PackedAttention,
+    Plan,
+    choose_kernel,
+    looped_attention,
+    make_plan,
+    packed_attention,
+)
 from negotiator.types import Segment
 
+HOST = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 SECONDS = 55.0
 FLEX_SECONDS = 15.0  # what is left at least for FlexAttention to compile in, else it is not tried
 # Outputs are rounded to bf16 twice (each part, then their sum), and probabilities before they multiply values.
 OUT_LIMIT, GRADIENT_LIMIT, LSE_LIMIT = 6e-3, 1.5e-2, 1e-4
+CPU_LIMIT = 1e-6
 ROUNDS = 7
 
 
@@ -84,10 +99,10 @@ def step_layout(tokens: int) -> list[Segment]:
     return lay_out(groups)
 
 
-def draw(tokens: int, shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+def draw(tokens: int, shape: Shape, dtype: torch.dtype, device: torch.device = CUDA) -> list[Tensor]:
     torch.manual_seed(0)
     sizes = [shape.heads, shape.kv_heads, shape.kv_heads, shape.heads]
-    q, k, v, dout = (torch.randn(tokens, heads, shape.dim, device=CUDA) for heads in sizes)
+    q, k, v, dout = (torch.randn(tokens, heads, shape.dim, device=device) for heads in sizes)
     return [x.to(dtype) for x in (2 * q, k, v, dout)]  # scores of standard deviation 2
 
 
@@ -108,7 +123,7 @@ def lse_error(plan: Plan, inputs: list[Tensor], scale: float) -> float:
     worst = 0.0
     keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     for runs in (plan.own, plan.shared) if plan.shared else (plan.own,):
-        _, lse = FLASH.forward(q, k, v, runs, scale)
+        _, lse = FLASH_RUNS.forward(q, k, v, runs, scale)
         right = torch.full_like(lse, -torch.inf, dtype=torch.float64)
         for i in range(len(runs.key_starts) - 1):
             rows, columns = (slice(*starts[i : i + 2]) for starts in (runs.query_starts, runs.key_starts))
@@ -235,13 +250,76 @@ def compare(deadline: float) -> None:
         signal.alarm(0)
 
 
+SMOLLM2 = SHAPES[1]
+CPU_LAYOUTS = {
+    "8 samples of 71 after a prefix of 182": lay_out([(182, [71] * 8)]),
+    "2 groups of 24 samples after a prefix of 256": lay_out(
+        [(256, [71] * 4 + [191] * 20), (256, [71] * 4 + [191] * 20)]
+    ),
+    "one sample of 4096": lay_out([(0, [4096])]),
+}
+
+
+def compare_on_cpu(name: str, segments: list[Segment], rounds: int) -> bool:
+    """Prints errors and medians of both kernels; are ours within the limit?"""
+    scale = SMOLLM2.dim**-0.5
+    plan = make_plan(segments)
+    inputs = draw(segments[-1].end, SMOLLM2, torch.float32, HOST)
+    exact = results(lambda *x: looped_attention(*x, segments, scale), [x.double() for x in inputs])
+    kernels = {"ours": NATIVE, "torch": CPU}
+    seconds: dict[str, list[tuple[float, float]]] = {n: [] for n in kernels}
+    for _ in range(rounds):
+        for n, kernel in kernels.items():
+            seconds[n].append(clock(kernel, inputs, plan, scale))
+    flops = 4 * attended_pairs(segments) * SMOLLM2.heads * SMOLLM2.dim
+    print(f"\n{name}: {segments[-1].end} tokens, {flops / 1e9:.2f} GFLOP forward")
+    good = True
+    for n, kernel in kernels.items():
+
+        def attend(*x: Tensor, kernel: Kernel = kernel) -> Tensor:
+            return PackedAttention.apply(*x, plan, kernel, scale)
+
+        off = errors(results(attend, inputs), exact)
+        good = good and (n != "ours" or all(error <= CPU_LIMIT for error in off.values()))
+        forward, backward = (statistics.median(column) for column in zip(*seconds[n], strict=True))
+        rates = f"{flops / forward / 1e9:.0f} and {2.5 * flops / backward / 1e9:.0f} GFLOP/s"
+        listed = "  ".join(f"{part} {error:.1e}" for part, error in off.items())
+        print(
+            f"{n:<6} forward {1e3 * forward:7.1f} ms, backward {1e3 * backward:7.1f} ms ({rates})  {listed}", flush=True
+        )
+    return good
+
+
+def clock(kernel: Kernel, inputs: list[Tensor], plan: Plan, scale: float) -> tuple[float, float]:
+    """Seconds of the forward and the backward pass."""
+    q, k, v, dout = inputs
+    started = time.perf_counter()
+    out, lse = kernel.forward(q, k, v, plan, scale)
+    between = time.perf_counter()
+    kernel.backward(dout, q, k, v, out, lse, plan, scale)
+    return between - started, time.perf_counter() - between
+
+
+def main_on_cpu() -> None:
+    kernel, words = choose_kernel(HOST, torch.float32, SMOLLM2.dim)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}: {words}; {SMOLLM2}, fp32")
+    if kernel is not NATIVE:
+        sys.exit(1)
+    good = [
+        compare_on_cpu(name, segments, rounds)
+        for (name, segments), rounds in zip(CPU_LAYOUTS.items(), (25, 5, 3), strict=True)
+    ]
+    if not all(good):
+        sys.exit(1)
+
+
 def _out_of_time(*_: object) -> None:
     raise TimeoutError("did not compile in the time that was left")
 
 
 def main() -> None:
     if not torch.cuda.is_available():
-        sys.exit("needs a CUDA device")
+        return main_on_cpu()
     deadline = time.monotonic() + SECONDS
     kernel, words = choose_kernel(CUDA, torch.bfloat16, QWEN3_4B.dim)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {words}")

@@ -135,9 +135,11 @@ def _serve(connection: Connection, make: Callable[[], Player], device: torch.dev
     try:
         player = make()
         player.play(*warm_up)
+        trim()
         connection.send(player.about)
         while (request := _next(connection)) is not None:
             connection.send(_watched(player, device, *request))
+            trim()  # the others need the memory
         player.close()
     except Exception as error:  # one that breaks on a machine must not end everybody's run
         connection.send(Failed(f"{type(error).__name__}: {error}".partition("\n")[0]))
@@ -159,11 +161,16 @@ def _watched(player: Player, device: torch.device, *request: Any) -> Any:
         played = player.play(*request)
         remote = os.getpid() not in player.processes()
         return played._replace(peak_bytes=None if remote else torch.cuda.max_memory_allocated())
-    ctypes.CDLL(None).malloc_trim(0)
+    trim()
     folders = [Path("/proc") / str(process) for process in player.processes()]
     for folder in folders:
         (folder / "clear_refs").write_text("5")  # the peak starts again from here
     return player.play(*request)._replace(peak_bytes=sum(map(_peak_bytes, folders)))
+
+
+def trim() -> None:
+    """Gives the system what was freed."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak_bytes(process: Path) -> int:

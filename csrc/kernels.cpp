@@ -7,63 +7,15 @@
 #include "decoder_kernels.h"
 #include "exponentials_kernels.h"
 #include "kernels.h"
+#include "layers_kernels.h"
+#include "packed_attention_kernels.h"
 #include "simd.h"
+#include "tile_product.h"
 
 namespace {
 
 using negotiator::AttentionTile;
 using negotiator::kKeyBlock;
-
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// c[M, N vectors] (+)= a[M, depth] b[depth, N vectors], held in registers throughout.
-template <int M, int N>
-void gemm_block(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
-                int64_t c_row, bool accumulate) {
-  Float sum[M][N];
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) sum[i][j] = accumulate ? load<Float>(c + i * c_row + j * kLanes) : Float{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Float right[N];
-    for (int j = 0; j < N; ++j) right[j] = load<Float>(b + k * b_row + j * kLanes);
-    for (int i = 0; i < M; ++i) {
-      const float left = a[i * a_row + k * a_col];
-      for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
-    }
-  }
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
-}
-
-template <int N>
-void gemm_columns(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                  int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-  for (; rows >= 6; rows -= 6, a += 6 * a_row, c += 6 * c_row)
-    gemm_block<6, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-  switch (rows) {
-    case 5: return gemm_block<5, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 4: return gemm_block<4, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 3: return gemm_block<3, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 2: return gemm_block<2, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 1: return gemm_block<1, N>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-  }
-}
-
-// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of kLanes, a has any strides.
-void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
-          int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-  int64_t j = 0;
-  for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
-    gemm_columns<2>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
-  if (j < columns) gemm_columns<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
-}
-
-template <typename Scalar>
-void widen_row(const Scalar* from, int64_t n, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, widen_vector(from + i));
-  for (; i < n; ++i) to[i] = widen(from[i]);
-}
 
 template <typename Scalar>
 void prefetch_row(const Scalar* row, int64_t n) {
@@ -198,6 +150,9 @@ void attend(const AttentionTile& tile) {
     Query* row = out + tile.tokens[r / tile.group] * tile.out_stride + r % tile.group * tile.out_head_stride;
     const float inverse = 1.0f / s.total[r];
     for (int64_t d = 0; d < tile.dim; ++d) narrow(s.sum[r * s.dim + d] * inverse, row + d);
+    if (tile.lse)
+      tile.lse[tile.tokens[r / tile.group] + r % tile.group * tile.lse_head_stride] =
+          s.top[r] * 0.693147181f + __builtin_logf(s.total[r]);
   }
 }
 
@@ -296,6 +251,8 @@ const Kernels KERNELS = {
     KERNELS_NAME,
     attention_scratch,
     attention,
+    gradient_scratch,
+    attention_gradient,
     maximum,
     exponentials,
     block_columns,
@@ -314,6 +271,11 @@ const Kernels KERNELS = {
     kStrip,
     norm_strip,
     rotate,
+    norm_rows,
+    norm_gradient,
+    gate_rows,
+    gate_gradient,
+    rotate_heads,
 };
 
 }  // namespace negotiator

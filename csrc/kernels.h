@@ -31,6 +31,24 @@ struct AttentionTile {
   float scale;
   bool q_bf16, kv_bf16;  // else fp32; out is like q
   float* scratch;        // attention_scratch() floats, aligned to 64 bytes
+  float* lse = nullptr;  // if wanted, the log-sum-exp of each query's scores: of token 0, first head of the group
+  ptrdiff_t lse_head_stride = 0;
+};
+
+// One tile of attention's gradient: the `group` query heads of one key/value head, for the tokens [first, first + queries).
+// All of them see the `prefix` tokens from prefix_start on; token t also sees [start, t]. All of it is fp32.
+struct GradientTile {
+  const float *q, *out, *dout;  // token 0, first head of the group
+  float* dq;                    // likewise
+  const float *k, *v;           // token 0, at this key/value head
+  const float* lse;             // token 0, first head of the group
+  int64_t first, queries, group, dim;
+  int64_t start, prefix_start, prefix;
+  // Of each token of the prefix and of those from `start` on: dk / scale, then dv, sum_stride each. They are added to.
+  float *prefix_sums, *own_sums;
+  ptrdiff_t q_stride, kv_stride, lse_head_stride, sum_stride;  // in elements; heads of a group lie side by side
+  float scale;
+  float* scratch;  // gradient_scratch() floats, aligned to 64 bytes
 };
 
 // The rows of the left operand of a product, repacked for it.
@@ -114,10 +132,34 @@ struct RotateToken {
   bool bf16;          // the cache, else fp32
 };
 
+// out = x / rms(x) * weight, row by row; `factors` [rows] are 1 / rms(x).
+struct NormRows {
+  const float *x, *weight;  // [rows, width], [width]
+  int64_t rows, width;
+  float epsilon;
+  float *out, *factors;
+};
+
+struct NormGradient {
+  const float *dout, *x, *weight, *factors;
+  int64_t rows, width;
+  float *dx, *dweight;  // dweight [width] is added to
+};
+
+// Heads [tokens, heads, dim] turned by the angles of their tokens, cos and sin [tokens, dim].
+struct HeadRotation {
+  const float *x, *cos, *sin;
+  int64_t tokens, heads, dim;
+  bool backward;
+  float* out;
+};
+
 struct Kernels {
   const char* name;
   int64_t (*attention_scratch)(int64_t rows, int64_t dim);
   void (*attention)(const AttentionTile& tile);
+  int64_t (*gradient_scratch)(int64_t rows, int64_t dim);
+  void (*attention_gradient)(const GradientTile& tile);
   // Largest of n > 0 numbers.
   float (*maximum)(const float* x, int64_t n);
   // weights[i] = exp((x[i] - shift) * factor), for arguments <= 0; returns their sum, NaN if any is NaN.
@@ -142,6 +184,12 @@ struct Kernels {
   int64_t strip_rows;
   void (*norm_strip)(const NormStrip& strip);
   void (*rotate)(const RotateToken& token);
+  // What stands between the products in training; gates are silu(gate) * up.
+  void (*norm_rows)(const NormRows& rows);
+  void (*norm_gradient)(const NormGradient& rows);
+  void (*gate_rows)(int64_t count, const float* gate, const float* up, float* out);
+  void (*gate_gradient)(int64_t count, const float* dout, const float* gate, const float* up, float* dgate, float* dup);
+  void (*rotate_heads)(const HeadRotation& rotation);
 };
 
 extern const Kernels kernels_baseline;

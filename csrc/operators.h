@@ -16,9 +16,15 @@ namespace negotiator {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Arguments and meaning: see negotiator_kernels/attention.py, sampling.py and exponentials.py, whose names these are.
+// Arguments and meaning: see attention.py, sampling.py, exponentials.py and layers.py of negotiator_kernels, whose names
+// these are.
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
                        const Tensor& slot_starts, const Tensor& query_starts, double scale);
+std::tuple<Tensor, Tensor> packed_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments,
+                                            double scale);
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                             const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                             const Tensor& segments, double scale);
 std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_p,
                                   const Tensor& seeds, const Tensor& positions);
 
@@ -30,6 +36,12 @@ Tensor decoder(const Tensor& hidden, const Tensor& cos, const Tensor& sin, const
                const Tensor& new_slots, const Tensor& slots, const Tensor& slot_starts, const Tensor& query_starts,
                const Tensor& rows, std::vector<Tensor> weights, const Tensor& final_norm, const Tensor& head,
                int64_t heads, int64_t gated_width, int64_t vocabulary, double epsilon, double scale);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                             const Tensor& factors);
+Tensor swiglu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dout, const Tensor& gate, const Tensor& up);
+Tensor rotate_heads(const Tensor& x, const Tensor& cos, const Tensor& sin, bool backward);
 void ask_for_large_pages(const Tensor& x);
 void add_product(const Tensor& total, const Tensor& left, const Tensor& right);
 

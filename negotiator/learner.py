@@ -25,6 +25,7 @@ from negotiator.config import LossConfig, OptimizerConfig
 from negotiator.liger import use_liger
 from negotiator.lora import MergedTensors
 from negotiator.loss import grpo_loss, token_logprobs
+from negotiator.native_layers import add_embedding_gradients_in_place, use_native_layers
 from negotiator.packing import padding_batch
 from negotiator.parallel import ALONE, Sharding, WholeTensors
 from negotiator.recompute import recompute
@@ -169,9 +170,14 @@ class Learner:
 
         `reference`: the initial policy, loaded likewise, where a KL term needs one and there are no adapters.
         """
+        computes_in = sharding.dtype if sharding else model.dtype
         self.path = use_liger(model, optimizer.liger)
+        if model.device.type == "cpu":  # where Liger has nothing
+            self.path = use_native_layers(model, computes_in)
         use_negotiator_attention(model)
         recompute(model, optimizer.recompute)
+        if model.dtype == torch.float32 and (sharding is None or sharding.replicate):
+            add_embedding_gradients_in_place(model)
         self.model = model
         self.policy = Policy(model, loss, temperature)
         self.config = optimizer
@@ -182,6 +188,8 @@ class Learner:
         if loss.beta and not self.adapted:
             assert reference is not None, "a KL term needs the initial policy"
             use_liger(reference, optimizer.liger)
+            if reference.device.type == "cpu":
+                use_native_layers(reference, computes_in)
             use_negotiator_attention(reference)
             self._reference = Policy(reference.requires_grad_(False), loss, temperature)
         if sharding and not sharding.replicate:

@@ -1,24 +1,28 @@
-"""Attention of a packed batch, exact: every segment to itself, the segments of a group to their prefix, then merged.
+"""Attention of a packed batch, exact: every token sees its segment up to itself, and its segment's prefix.
 
     T  packed tokens    Hq query heads    Hkv key/value heads (Hq is a multiple)    D head dimension
     q, out, dout, dq [T, Hq, D]    k, v, dk, dv [T, Hkv, D]    lse [Hq, T], the log-sum-exp of each query's scores
 
-A prefix is read once for all that follows it: one call over all segments, causal, and one over all groups, in which the
-tokens after a prefix are one long query sequence. Each part is a call of flash attention over runs of tokens.
+In fp32 on a CPU it is one call of our own kernel. Elsewhere it is made of two parts that are merged: one call over all
+segments, causal, and one over all groups, in which the tokens after a prefix are one long query sequence, so that the
+prefix is read once for all of them. Each part is a call of torch's flash attention over runs of tokens.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from negotiator.types import Segment
+from negotiator_kernels import packed_attention as native
+from negotiator_kernels.availability import native_off_reason
 
 
 class Runs(NamedTuple):
@@ -40,6 +44,7 @@ class Plan(NamedTuple):
     """Who sees whom in a packed batch."""
 
     segments: tuple[Segment, ...]
+    table: Tensor  # of the segments: [S, 4] int64, on the CPU wherever the rest is
     own: Runs
     shared: Runs | None  # None if no segment has a prefix
 
@@ -51,18 +56,21 @@ class Plan(NamedTuple):
         return self._replace(own=self.own.to(device), shared=self.shared.to(device) if self.shared else None)
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, Runs, float], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Runs, float], tuple[Tensor, Tensor, Tensor]]
-
-
 class Kernel(NamedTuple):
-    """Attention over runs. A query without keys gets out 0 and lse -inf; whatever has no partner gets gradient 0.
+    """Attention of a plan. All tensors are contiguous.
 
-    `forward`: q, k, v, runs, scale -> out, lse. `backward`: dout, q, k, v, out, lse, runs, scale -> dq, dk, dv.
+    `forward`: q, k, v, plan, scale -> out, lse. `backward`: dout, q, k, v, out, lse, plan, scale -> dq, dk, dv.
     """
 
-    forward: Forward
-    backward: Backward
+    forward: Callable[[Tensor, Tensor, Tensor, Plan, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Plan, float], tuple[Tensor, Tensor, Tensor]]
+
+
+class RunsKernel(NamedTuple):
+    """The same over runs. A query without keys gets out 0 and lse -inf; whatever has no partner gets gradient 0."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, Runs, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Runs, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def make_plan(segments: Sequence[Segment]) -> Plan:
@@ -87,7 +95,8 @@ def make_plan(segments: Sequence[Segment]) -> Plan:
     queries += [ends[-1], ends[-1]]
     keys += [keys[-1], ends[-1]]
     shared = _runs(queries, keys, causal=False) if len(keys) > 3 else None
-    return Plan(tuple(segments), _runs(ends, ends, causal=True), shared)
+    table = torch.tensor([(s.start, s.end, s.prefix_start, s.prefix_end) for s in segments])
+    return Plan(tuple(segments), table, _runs(ends, ends, causal=True), shared)
 
 
 def _runs(queries: list[int], keys: list[int], causal: bool) -> Runs:
@@ -101,7 +110,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) 
     kernel, _ = choose_kernel(q.device, q.dtype, q.shape[-1])
     if kernel is None:
         return looped_attention(q, k, v, plan.segments, scale)
-    out: Tensor = MergedAttention.apply(q, k, v, plan, kernel, scale)  # type: ignore[no-untyped-call]  # torch types no `apply`
+    out: Tensor = PackedAttention.apply(q, k, v, plan, kernel, scale)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 
@@ -109,7 +118,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel | None, str]:
     """The kernel (None: `looped_attention`) and, in a few words, which and why."""
     if device.type == "cpu":
-        return CPU, "torch's flash attention for the CPU"
+        reason = native_off_reason() if dtype == torch.float32 else f"our own computes in fp32, not in {dtype}"
+        return (NATIVE, "our own") if reason is None else (CPU, f"torch's flash attention for the CPU: {reason}")
     if device.type != "cuda":
         return None, f"a loop over segments: no kernel for {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -121,30 +131,52 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> tu
     return FLASH, "torch's flash attention"
 
 
-class MergedAttention(torch.autograd.Function):
-    """Both parts, merged."""
-
+class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: Kernel, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = kernel.forward(q, k, v, plan.own, scale)
-        if plan.shared is not None:
-            out, lse = _merge(out, lse, *kernel.forward(q, k, v, plan.shared, scale))
+        out, lse = kernel.forward(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.kernel, ctx.scale = plan, kernel, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        # A score's gradient is p (dout . v - dout . out) with p = exp(score - lse): of the other scores of its row it
-        # needs out and lse alone. Given those of the whole row, each part's backward is the whole one's share.
-        q, k, v, out, lse = ctx.saved_tensors
-        dout = dout.contiguous()
-        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.plan.own, ctx.scale)
-        if ctx.plan.shared is not None:
-            parts = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.plan.shared, ctx.scale)
-            dq, dk, dv = dq.add_(parts[0]), dk.add_(parts[1]), dv.add_(parts[2])
-        return dq, dk, dv, None, None, None
+        gradients = ctx.kernel.backward(dout.contiguous(), *ctx.saved_tensors, ctx.plan, ctx.scale)
+        return *gradients, None, None, None
+
+
+def merged(kernel: RunsKernel) -> Kernel:
+    """A plan's two parts."""
+    return Kernel(partial(_merged_forward, kernel), partial(_merged_backward, kernel))
+
+
+def _merged_forward(
+    kernel: RunsKernel, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = kernel.forward(q, k, v, plan.own, scale)
+    return (out, lse) if plan.shared is None else _merge(out, lse, *kernel.forward(q, k, v, plan.shared, scale))
+
+
+def _merged_backward(
+    kernel: RunsKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # A score's gradient is p (dout . v - dout . out) with p = exp(score - lse): of the other scores of its row it
+    # needs out and lse alone. Given those of the whole row, each part's backward is the whole one's share.
+    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, plan.own, scale)
+    if plan.shared is not None:
+        parts = kernel.backward(dout, q, k, v, out, lse, plan.shared, scale)
+        dq, dk, dv = dq.add_(parts[0]), dk.add_(parts[1]), dv.add_(parts[2])
+    return dq, dk, dv
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,5 +310,17 @@ def looped_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
-FLASH = Kernel(_flash_forward, _flash_backward)
-CPU = Kernel(_cpu_forward, _cpu_backward)
+def _native_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    return native.forward(q, k, v, plan.table, scale)
+
+
+def _native_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return native.backward(dout, q, k, v, out, lse, plan.table, scale)
+
+
+NATIVE = Kernel(_native_forward, _native_backward)
+FLASH_RUNS = RunsKernel(_flash_forward, _flash_backward)
+FLASH = merged(FLASH_RUNS)
+CPU = merged(RunsKernel(_cpu_forward, _cpu_backward))

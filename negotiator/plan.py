@@ -20,6 +20,7 @@ from negotiator.dialogue import AGENTS
 from negotiator.engines.weight_sync import BUCKET_BYTES
 from negotiator.flops import Model, Work, linear_layers, without_weights
 from negotiator.parallel import decoder_layers
+from negotiator_kernels.availability import native_off_reason
 from negotiator_kernels.fused import CHUNK_BYTES
 
 GIB = 2**30
@@ -158,7 +159,9 @@ class Sizes(NamedTuple):
 def make_plan(config: Config, model: PretrainedConfig, lengths: Lengths, place: Place) -> Plan:
     """Raises ValueError, naming what to change, where the run cannot fit the context, the cache or the processes."""
     dialogue = config.dialogue
-    most_utterances = 2 * dialogue.max_rounds
+    alone = config.mode == "single"
+    agents = 1 if alone else len(AGENTS)
+    most_utterances = 1 if alone else len(AGENTS) * dialogue.max_rounds
     window = most_utterances if dialogue.window == "all" else dialogue.window
     # An utterance quoted in a prompt is tokenised again next to a speaker's name: allow a little more than it had.
     quoted = dialogue.max_tokens + 16
@@ -167,8 +170,9 @@ def make_plan(config: Config, model: PretrainedConfig, lengths: Lengths, place: 
         for turn in range(most_utterances)
     ]
     utterance_sequence = lengths.utterance_prefix + max(added)
-    completion_sequence = lengths.completion_prompt + most_utterances * quoted + dialogue.completion_max_tokens
-    judge_sequence = lengths.judge_prompt + max(most_utterances * quoted, dialogue.completion_max_tokens)
+    completion_tokens = 0 if alone else dialogue.completion_max_tokens  # a text of its own
+    completion_sequence = lengths.completion_prompt + most_utterances * quoted + completion_tokens
+    judge_sequence = lengths.judge_prompt + max(most_utterances * quoted, completion_tokens)
     longest = max(utterance_sequence, completion_sequence, judge_sequence if lengths.judge_prompt else 0)
 
     context = model.max_position_embeddings
@@ -183,24 +187,24 @@ def make_plan(config: Config, model: PretrainedConfig, lengths: Lengths, place: 
         )
 
     scenarios, dialogues = config.rollout.scenarios, config.rollout.scenarios * config.rollout.group_size
-    trained = added if config.loss.train_roles == "both" else added[::2]
-    speakers = len(AGENTS) if config.loss.train_roles == "both" else 1
+    trained = added if config.loss.train_roles == "both" else added[:: len(AGENTS)]
+    speakers = agents if config.loss.train_roles == "both" else 1
     learned = _work(scenarios * speakers, lengths.utterance_prefix, dialogues, trained, dialogue.max_tokens)
-    spoken = _work(scenarios * len(AGENTS), lengths.utterance_prefix, dialogues, added, dialogue.max_tokens)
-    completed = _work(0, 0, dialogues, [completion_sequence], dialogue.completion_max_tokens)
+    spoken = _work(scenarios * agents, lengths.utterance_prefix, dialogues, added, dialogue.max_tokens)
+    completed = _work(0, 0, 0 if alone else dialogues, [completion_sequence], completion_tokens)
     arithmetic, sizes = Model.of(model), Sizes.of(model)
     operations = {
         "learner": _learner_operations(config, arithmetic, sizes, learned),
         "rollout": arithmetic.forward(spoken) + arithmetic.forward(completed),
     }
     if lengths.judge_prompt:
-        judged = _work(0, 0, dialogues, [judge_sequence] * (dialogue.max_rounds + 1), 1)
+        judged = _work(0, 0, dialogues, [judge_sequence] * (1 if alone else dialogue.max_rounds + 1), 1)
         operations["local judge"] = arithmetic.forward(judged)
 
     pass_tokens = min(max(config.optimizer.micro_batch_tokens, utterance_sequence), learned.tokens)
     one_pass = learned.tokens <= config.optimizer.micro_batch_tokens
     memory, host_memory = learner_memory(config, sizes, place, pass_tokens, one_pass)
-    memory |= _generation_memory(config, sizes, place, lengths.judge_prompt > 0)
+    memory |= _generation_memory(config, sizes, place, "local" in (config.judge.agreement, config.judge.reward))
     return Plan(
         place=place,
         utterances=dialogues * most_utterances,
@@ -289,9 +293,12 @@ def activation_bytes(
 ) -> int:
     """What a pass over `tokens` keeps for its backward pass."""
     size, hidden, queries, keys, inner = place.dtype.itemsize, sizes.hidden, sizes.queries, sizes.keys, sizes.inner
-    kernels = liger != "off" and place.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    native = place.device.type == "cpu" and place.dtype == torch.float32 and native_off_reason() is None
+    on_gpu = liger != "off" and place.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    kernels = native or on_gpu
+    parts = 1 if native else 2  # of attention
     norms = 2 * hidden + (queries + keys) * sizes.normed_heads
-    # Norms keep their input; without Liger's kernels in fp32, and for their weights' gradient the normed input besides.
+    # Norms keep their input; without such kernels in fp32, and for their weights' gradient the normed input besides.
     # Projections keep their input, attention its queries, keys, values and output, the MLP the factors of its product
     # and, without those kernels, the activation function's result.
     whole = norms * (size if kernels else 4 + (0 if rank else size)) + size * 7 * rank
@@ -299,8 +306,9 @@ def activation_bytes(
     products = queries + 2 * keys + 2 * hidden + 2 * inner
     kept = {
         "none": whole,
-        # A layer's input, the result of each matrix product, also of an adapter's, and both parts of attention.
-        "selective": size * (hidden + products * (1 + (rank > 0)) + 7 * rank + 2 * queries) + 8 * sizes.heads,
+        # A layer's input, the result of each matrix product, also of an adapter's, and the parts of attention.
+        "selective": size * (hidden + products * (1 + (rank > 0)) + 7 * rank)
+        + parts * (size * queries + 4 * sizes.heads),
         "full": size * hidden,
     }[recompute]
     once = whole if recompute != "none" else 0  # a layer's, when they are computed again

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 
 from negotiator.parallel import decoder_layers
+from negotiator_kernels.availability import native_off_reason
 
 
 def recompute(model: PreTrainedModel, what: Literal["none", "selective", "full"]) -> None:
@@ -32,7 +33,9 @@ def recompute(model: PreTrainedModel, what: Literal["none", "selective", "full"]
 
 def _kept_operators() -> list[Any]:
     aten = torch.ops.aten
+    ours = [torch.ops.negotiator_kernels.packed_attention.default] if native_off_reason() is None else []
     return [
+        *ours,
         aten.mm.default,
         aten.addmm.default,
         aten.bmm.default,

@@ -16,8 +16,8 @@ import pytest, torch
 
 torch.ops.load_library(sys.argv[1])
 torch.ops.load_library = lambda path: None  # the operators are there already
-names = ["test_native_ops.py", "test_native_attention.py", "test_native_decoder.py", "test_loss_backends.py"]
-sys.exit(pytest.main(["-q", "-x", "-k", "native and not built", *(f"{sys.argv[2]}/{name}" for name in names)]))
+names = ["native_ops", "native_attention", "native_decoder", "native_layers", "packed_attention", "loss_backends"]
+sys.exit(pytest.main(["-q", "-x", "-k", "native and not built", *(f"{sys.argv[2]}/test_{name}.py" for name in names)]))
 """
 
 

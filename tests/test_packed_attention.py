@@ -1,5 +1,7 @@
 """Packed attention against a dense mask made from the segments: every kernel, every kind of batch, all gradients.
 
+Our own kernel has no fp64: it is compared with fp64 on the same inputs.
+
 CUDA's flash attention is emulated: its signature and conventions in plain torch, with NaN where it leaves memory as is.
 `python -m benchmarks.packed_attention` checks the real one.
 """
@@ -12,19 +14,29 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from benchmarks.packed_attention import lay_out
+from negotiator import packed_attention as module
 from negotiator.attention import PackedLayout
 from negotiator.packed_attention import (
     CPU,
     FLASH,
-    MergedAttention,
+    FLASH_RUNS,
+    NATIVE,
+    PackedAttention,
     choose_kernel,
     looped_attention,
     make_plan,
     packed_attention,
 )
+from negotiator.recompute import _kept_operators
 from negotiator.types import Segment
+from negotiator_kernels import packed_attention as native
+from negotiator_kernels.availability import native_off_reason
+
+assert native_off_reason() is None  # which also loads it
 
 SCALE = 0.4
 BATCHES = {
@@ -113,9 +125,10 @@ def emulated_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def through(kernel, q, k, v, segments):
-    return MergedAttention.apply(q, k, v, make_plan(segments), kernel, SCALE)
+    return PackedAttention.apply(q, k, v, make_plan(segments), kernel, SCALE)
 
 
+native_attention = partial(through, NATIVE)
 WAYS = {
     "loop": lambda *x: looped_attention(*x, SCALE),
     "cpu": partial(through, CPU),
@@ -173,16 +186,26 @@ def test_layout_takes_heads_first_and_scores_beyond_the_range_of_exp():
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
 
 
-def keep_kernels(ctx, op, *args, **kwargs):
-    kept = op == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+class Calls(TorchDispatchMode):
+    """How often attention's forward pass is computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (
+            torch.ops.negotiator_kernels.packed_attention.default,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        )
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("contexts", [{}, {"context_fn": partial(create_selective_checkpoint_contexts, keep_kernels)}])
-def test_recomputed_in_the_backward_pass(contexts):
+@pytest.mark.parametrize(("dtype", "once"), [(torch.float32, 1), (torch.float64, 9)], ids=["native", "cpu"])
+@pytest.mark.parametrize("kept", [False, True], ids=["full", "selective"])
+def test_recomputed_in_the_backward_pass(kept, dtype, once):
     segments = BATCHES["groups"]
-    inputs = draw(segments[-1].end, 6, 2, 16)
+    inputs = draw(segments[-1].end, 6, 2, 16, dtype)
     plan = make_plan(segments)
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _kept_operators())} if kept else {}
 
     def layer(q, k, v, _):
         return packed_attention(q.sin(), k.sin(), v.sin(), plan, SCALE).sin()
@@ -190,8 +213,104 @@ def test_recomputed_in_the_backward_pass(contexts):
     def recomputed(*x):
         return checkpoint(layer, *x, use_reentrant=False, **contexts)
 
-    for found, right in zip(results(recomputed, inputs, segments), results(layer, inputs, segments), strict=True):
-        assert torch.equal(found, right)
+    with Calls() as calls:
+        found = results(recomputed, inputs, segments)
+    assert calls.count == once * (1 if kept else 2)
+    for got, right in zip(found, results(layer, inputs, segments), strict=True):
+        assert torch.equal(got, right)
+
+
+# --- our own kernel ---------------------------------------------------------------------------------------------------
+
+# Tiles of 96 rows, blocks of 48 keys, chunks of 256 queries: segments within one, at their edges and beyond.
+LONG = {
+    "several chunks": lay_out([(100, [270, 70, 1, 50]), (1, [5, 33]), (0, [97, 1])]),
+    "edges": lay_out([(48, [32, 64, 33]), (0, [257])]),
+}
+
+
+SHAPES = [((6, 2), 16), ((4, 4), 20), ((3, 1), 64), ((100, 1), 7)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "dim"), [(b, *s) for b in BATCHES for s in SHAPES] + [(b, *s) for b in LONG for s in SHAPES[:3]]
+)
+def test_native_equals_fp64(batch, heads, dim):
+    segments = (BATCHES | LONG)[batch]
+    q, *rest = draw(segments[-1].end, *heads, dim, torch.float32)
+    inputs = [q * (16 / dim) ** 0.5, *rest]  # scores of one size, and so of one precision, for all dimensions
+    wide = [x.double() for x in inputs]
+    expected = results(dense_attention, wide, segments)
+    for found, right in zip(results(native_attention, inputs, segments), expected, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=1e-5 * (1 + right.abs().max().item()))
+    table = make_plan(segments).table
+    _, lse = native.forward(*(x.contiguous() for x in inputs[:3]), table, SCALE)
+    out, right = native.reference(*wide[:3], table, SCALE)
+    torch.testing.assert_close(lse.double(), right, rtol=0, atol=2e-5)
+    torch.testing.assert_close(out, expected[0], rtol=0, atol=1e-12)
+
+
+def test_native_with_scores_beyond_the_range_of_exp():
+    """Scores of some thousands are off by 1e-3 in fp32, and so are weights."""
+    segments = LONG["several chunks"]
+    inputs = [x * s for x, s in zip(draw(segments[-1].end, 6, 2, 16, torch.float32), (30, 30, 1, 1), strict=True)]
+    expected = results(dense_attention, [x.double() for x in inputs], segments)
+    for found, right in zip(results(native_attention, inputs, segments), expected, strict=True):
+        assert (found - right).norm() < 2e-3 * right.norm()
+
+
+def test_native_groups_do_not_reach_each_other():
+    segments = LONG["edges"]
+    alone = segments[-1].start
+    inputs = draw(segments[-1].end, 6, 2, 16, torch.float32)
+    right = results(native_attention, inputs, segments)
+    for x in inputs:
+        x[alone:] = torch.nan
+    for found, expected in zip(results(native_attention, inputs, segments), right, strict=True):
+        assert torch.equal(found[:alone], expected[:alone]) and found[alone:].isnan().all()
+
+
+def test_native_results_do_not_depend_on_the_number_of_threads():
+    segments = LONG["several chunks"]
+    inputs = draw(segments[-1].end, 6, 2, 16, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results(native_attention, inputs, segments)
+        torch.set_num_threads(3)
+        together = results(native_attention, inputs, segments)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_native_refuses_what_does_not_fit():
+    q, k, v, dout = (x.contiguous() for x in draw(9, 6, 2, 16, torch.float32))
+    table = torch.tensor([[0, 4, 0, 0], [4, 9, 0, 4]])
+    out, lse = native.forward(q, k, v, table, SCALE)
+    for wrong, message in [
+        ((q.double(), k, v, table), "q must be contiguous float32"),
+        ((q, k.transpose(0, 1).contiguous().transpose(0, 1), v, table), "k must be contiguous"),
+        ((q, k, v[:8], table), "v must be"),
+        ((q[:, :5].contiguous(), k, v, table), "multiple"),
+        ((q, k, v, table.int()), "segments must be contiguous int64"),
+        ((q, k, v, table[:1]), "end with the last token"),
+        ((q, k, v, table[1:]), "follow each other"),
+        ((q, k, v, torch.tensor([[0, 4, 0, 0], [4, 9, 2, 5]])), "prefix of segment 1 must lie before it"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            native.forward(*wrong, SCALE)
+    with pytest.raises(RuntimeError, match="dout must be"):
+        native.backward(dout[:8], q, k, v, out, lse, table, SCALE)
+    with pytest.raises(RuntimeError, match="lse must be"):
+        native.backward(dout, q, k, v, out, lse.t(), table, SCALE)
+
+
+def test_without_native_code_it_is_torch(monkeypatch):
+    monkeypatch.setattr(module, "native_off_reason", lambda: "csrc/ was not built")
+    kernel, words = choose_kernel.__wrapped__(torch.device("cpu"), torch.float32, 64)
+    assert kernel is CPU and "flash attention for the CPU: csrc/ was not built" in words
 
 
 def test_the_real_flash_attention_takes_our_arguments():
@@ -199,16 +318,17 @@ def test_the_real_flash_attention_takes_our_arguments():
     q, k, v, dout = (x.to("meta", torch.bfloat16) for x in draw(48, 6, 2, 16))
     plan = make_plan(BATCHES["groups"]).to(torch.device("meta"))
     for runs in (plan.own, plan.shared):
-        out, lse = FLASH.forward(q, k, v, runs, SCALE)
+        out, lse = FLASH_RUNS.forward(q, k, v, runs, SCALE)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (6, 48), torch.float32)
-        gradients = FLASH.backward(dout, q, k, v, out, lse, runs, SCALE)
+        gradients = FLASH_RUNS.backward(dout, q, k, v, out, lse, runs, SCALE)
         assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "reason"),
     [
-        ("cpu", torch.float32, 100, "flash attention for the CPU"),
+        ("cpu", torch.float32, 100, "our own"),
+        ("cpu", torch.float64, 100, "flash attention for the CPU: our own computes in fp32, not in torch.float64"),
         ("cuda", torch.float32, 64, "float32"),
         ("cuda", torch.bfloat16, 100, "100"),
         ("cuda", torch.bfloat16, 256, "256"),
@@ -217,7 +337,8 @@ def test_the_real_flash_attention_takes_our_arguments():
 )
 def test_says_which_kernel_and_why(device, dtype, head_dim, reason):
     kernel, words = choose_kernel(torch.device(device), dtype, head_dim)
-    assert (kernel is CPU) == (device == "cpu") and (kernel is None) == words.startswith("a loop")
+    expected = None if device != "cpu" else NATIVE if dtype == torch.float32 else CPU
+    assert kernel is expected and (kernel is None) == words.startswith("a loop")
     assert reason in words
 
 

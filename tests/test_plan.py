@@ -23,6 +23,7 @@ from negotiator.dialogue import AGENTS
 from negotiator.flops import Model, Work
 from negotiator.learner import recompute
 from negotiator.lora import load_adapted
+from negotiator.native_layers import use_native_layers
 from negotiator.packing import pack
 from negotiator.plan import GIB, MEASURED_MFU, Lengths, Place, Plan, Sizes, activation_bytes, learner_memory, make_plan
 from negotiator.types import Segment, TurnSample
@@ -112,6 +113,7 @@ def test_activations_are_what_a_forward_pass_leaves(kind, dtype, what, rank):
 
             settings = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
             inject_adapter_in_model(settings, model.requires_grad_(False), adapter_name="default")
+        use_native_layers(model, dtype)
         use_negotiator_attention(model)
         recompute(model, what)
         tokens = torch.arange(64)[None]
