@@ -46,7 +46,7 @@ from negotiator.config import Config, ModelConfig
 from negotiator.models import choose_device, choose_dtype, load_tokenizer
 from negotiator.types import Dialogue, Scenario
 
-PHASES = ("rollout", "judge", "pack", "forward", "loss", "backward", "optimizer", "sync", "record")
+PHASES = ("rollout", "judge", "pack", "forward", "loss", "backward", "optimizer", "sync", "record", "evaluation")
 WARM_UP_STEPS = 1
 STEPS = {"cpu": 1, "cuda": 4}  # that count
 RUN_LIMIT_S = 1800.0  # longest wait for the steps of a run
@@ -117,6 +117,7 @@ class Row(NamedTuple):
     optimizer_seconds: float | None = None
     sync_seconds: float | None = None
     record_seconds: float | None = None
+    evaluation_seconds: float | None = None
     other_seconds: float | None = None
 
 

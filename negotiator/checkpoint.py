@@ -1,5 +1,6 @@
 """Checkpoints: a Hugging Face folder plus what the trainer needs to go on exactly where it was.
 
+    best -> step-N                                         the one whose evaluation was best (config.evaluation)
     step-N/config.json, model.safetensors, tokenizer ...   the model after N steps, as `from_pretrained` reads it;
                                                            with LoRA the adapter, as peft reads it
            trainer/shard-R-model-F-of-M.safetensors        fp32 masters and AdamW moments, what process R held of them
@@ -67,6 +68,7 @@ class Checkpoints:
         self._stager = StateDictStager(pin_memory=learner.model.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self.newest_step = 0  # of those that were begun
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -84,9 +86,10 @@ class Checkpoints:
             self._thread.shutdown()
             self._stager.close()
 
-    def save(self, steps_done: int) -> None:
-        """Returns when everything is copied; `folder/step-<steps_done>` appears later."""
+    def save(self, steps_done: int, best: bool = False) -> None:
+        """Returns when everything is copied; `folder/step-<steps_done>` appears later, and is `folder/best` then."""
         self.wait()
+        self.newest_step = steps_done
         partial = self._folder / f"step-{steps_done}.partial"
         if self._learner.world.leads:
             for stale in self._folder.glob("*.partial"):
@@ -98,7 +101,7 @@ class Checkpoints:
         if self._learner.model.device.type == "cuda":
             torch.cuda.synchronize()
         about = {"steps_done": steps_done, "updates": updates}
-        self._writing = self._thread.submit(self._write, partial, staged, write_export, about)
+        self._writing = self._thread.submit(self._write, partial, staged, write_export, about, best)
 
     def check(self) -> None:
         """Raises if the checkpoint under way has failed; does not wait for it."""
@@ -112,7 +115,12 @@ class Checkpoints:
             writing.result()
 
     def _write(
-        self, partial: Path, state: dict[str, torch.Tensor], write_export: Callable[[], None], about: dict[str, int]
+        self,
+        partial: Path,
+        state: dict[str, torch.Tensor],
+        write_export: Callable[[], None],
+        about: dict[str, int],
+        best: bool,
     ) -> None:
         leads, failure, cause = self._learner.world.leads, "", None
         try:
@@ -120,7 +128,7 @@ class Checkpoints:
             writer = HuggingFaceStorageWriter(str(partial / "trainer"), files, save_distributed=True)
             save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             if leads:  # all processes have written their files
-                self._complete(partial, write_export, about)
+                self._complete(partial, write_export, about, best)
         except BaseException as error:  # CheckpointException is no Exception
             failure, cause = _reason(error), error
             if leads:
@@ -136,16 +144,23 @@ class Checkpoints:
                 f"the newest whole one is {whole[1] if whole else 'none'}"
             ) from cause
 
-    def _complete(self, partial: Path, write_export: Callable[[], None], about: dict[str, int]) -> None:
+    def _complete(self, partial: Path, write_export: Callable[[], None], about: dict[str, int], best: bool) -> None:
         write_export()
         self._tokenizer.save_pretrained(partial)
         (partial / "trainer.json").write_text(json.dumps(about) + "\n")
         for path in (*partial.iterdir(), partial):
             _flush(path)
         partial.rename(partial.with_suffix(""))
+        link = self._folder / "best"
+        if best:
+            new = self._folder / "best.new"
+            new.unlink(missing_ok=True)
+            new.symlink_to(partial.stem)
+            new.rename(link)
         _flush(self._folder)
         for _, old in _all(self._folder)[: -self._keep]:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # half of it must not look like a checkpoint
+            if old.name != (link.readlink().name if link.is_symlink() else None):
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))  # half of it must not look like a checkpoint
 
 
 def begin_export(learner: Learner, dtype: torch.dtype, folder: Path) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -85,27 +85,66 @@ class EngineConfig(Section):
         return self
 
 
-class JudgeConfig(Section):
-    agreement: str = Field("local", description="local, openai, or module:function")
-    reward: str = Field("local", description="local, openai, or module:function")
-    agree_threshold: float = Field(
-        0.5, gt=0, lt=1, description="local judge: P(yes) from which a round counts as agreed"
-    )
+class EndpointConfig(Section):
     url: str | None = Field(None, description="openai: base URL of the endpoint, up to and with /v1")
     name: str | None = Field(None, description="openai: model to ask for")
     api_key_env: str = Field("OPENAI_API_KEY", description="openai: environment variable that holds the key")
     timeout_s: float = Field(60.0, gt=0, description="openai: longest wait for one answer, seconds")
-    retries: int = Field(5, ge=0, description="openai: further tries after a time-out, 429 or 5xx")
+    retries: int = Field(5, ge=0, description="openai: further tries after a time-out, 429, 5xx or unreadable answer")
     concurrency: int = Field(32, ge=1, description="openai: requests under way at once")
+    requests_per_minute: int | None = Field(None, ge=1, description="openai: limit of each process; none if left out")
+    tokens_per_minute: int | None = Field(None, ge=1, description="openai: limit of each process; none if left out")
+    hedge: bool = Field(True, description="openai: ask a second time when an answer takes far longer than most")
+    max_calls: int | None = Field(None, ge=1, description="openai: budget of the run, in requests")
+    max_tokens: int | None = Field(None, ge=1, description="openai: budget of the run, in tokens read and written")
+    max_cost: float | None = Field(None, gt=0, description="openai: budget of the run, in the currency of the prices")
+    prompt_price: float = Field(0.0, ge=0, description="openai: price of a million tokens read")
+    completion_price: float = Field(0.0, ge=0, description="openai: price of a million tokens written")
+    cache: Path | None = Field(
+        None, description="openai: file of all answers, which are not asked for again; the run's own when left out"
+    )
+    replay: bool = Field(False, description="openai: take every answer from the cache, and ask nobody")
 
     @model_validator(mode="after")
-    def _judges_are_complete(self) -> JudgeConfig:
-        for role in ("agreement", "reward"):
-            kind = getattr(self, role)
-            if kind not in ("local", "openai") and ":" not in kind:
+    def _money_has_prices(self) -> Self:
+        if self.max_cost and not (self.prompt_price or self.completion_price):
+            raise ValueError("max_cost needs prompt_price and completion_price")
+        if self.replay and not self.cache:
+            raise ValueError("replay needs the cache that holds the answers")
+        return self
+
+
+class JudgeConfig(EndpointConfig):
+    agreement: str = Field("local", description="local, openai, or module:function")
+    reward: str = Field("local", description="local, openai, module:function, or self: the policy as it is")
+    evaluation: str = Field("local", description="who compares in negotiator.evaluate: likewise")
+    agree_threshold: float = Field(
+        0.5, gt=0, lt=1, description="local judge: P(yes) from which a round counts as agreed"
+    )
+    agreement_name: str | None = Field(None, description="openai: another model than judge.name for agreement")
+    reward_name: str | None = Field(None, description="openai: another model than judge.name for the reward")
+    evaluation_name: str | None = Field(None, description="openai: another model than judge.name for comparisons")
+    temperature: float = Field(0.0, ge=0, description="openai: sampling temperature of verdicts")
+    votes: int = Field(1, ge=1, description="openai: verdicts that are asked for, each with a seed of its own")
+    vote: Literal["mean", "median"] = Field("mean", description="openai: what becomes of several scores")
+    max_failed: float = Field(
+        0.5, ge=0, le=1, description="share of a step's dialogues that may fail before the run stops"
+    )
+
+    @model_validator(mode="after")
+    def _judges_are_complete(self) -> Self:
+        kinds = {role: getattr(self, role) for role in ("agreement", "reward", "evaluation")}
+        for role, kind in kinds.items():
+            if kind not in ("local", "openai") and ":" not in kind and (role, kind) != ("reward", "self"):
                 raise ValueError(f"{role} must be local, openai or module:function, not {kind!r}")
-        if "openai" in (self.agreement, self.reward) and not (self.url and self.name):
-            raise ValueError("an openai judge needs judge.url and judge.name")
+        if "openai" in kinds.values():
+            if not self.url:
+                raise ValueError("an openai judge needs judge.url")
+            unnamed = [role for role, kind in kinds.items() if kind == "openai" and not getattr(self, f"{role}_name")]
+            if unnamed and not self.name:
+                raise ValueError(f"an openai judge needs judge.name, or judge.{unnamed[0]}_name")
+        if self.votes > 1 and not self.temperature:
+            raise ValueError("votes at temperature 0 are all alike: raise judge.temperature or leave votes at 1")
         return self
 
 
@@ -159,9 +198,17 @@ class ParallelConfig(Section):
     timeout_s: float = Field(1800.0, gt=0, description="longest wait of a process for the others, seconds")
 
 
+class EvaluationConfig(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations on held-out dilemmas; 0: none")
+    scenarios: int = Field(16, ge=1, description="held-out scenarios of an evaluation, one dialogue each")
+    metric: Literal["reward", "agreement", "rounds"] = Field(
+        "reward", description="figure of an evaluation by which the best checkpoint is kept"
+    )
+
+
 class CheckpointConfig(Section):
     every: int = Field(10, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
 
 
 class Config(Section):
@@ -169,6 +216,9 @@ class Config(Section):
     runs: Path = Field(Path("runs"), description="folder of all runs")
     steps: int = Field(1900, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="the only source of randomness")
+    mode: Literal["negotiate", "single"] = Field(
+        "negotiate", description="two personas talk it over, or the policy answers alone, in one utterance (baseline)"
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     dialogue: DialogueConfig = DialogueConfig()
@@ -179,6 +229,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig = LoRAConfig()
     parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

@@ -1,9 +1,10 @@
-"""One negotiation, from the first utterance to its score, as a coroutine; many run at once (`rollout.run`)."""
+"""One dialogue, from the first utterance to its score, as a coroutine; many run at once (`rollout.run`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,56 +30,69 @@ class Table:
     reward: RewardJudge
     config: DialogueConfig
     seed: int
+    mode: Literal["negotiate", "single"] = "negotiate"
     on_utterance: Callable[[], None] = lambda: None  # for a progress display
 
 
-async def negotiate(table: Table, step: int, scenario: Scenario, index: int) -> Dialogue:
+async def negotiate(table: Table, step: int, scenario: Scenario, index: int, always_complete: bool = False) -> Dialogue:
     """Runs dialogue `index` of a scenario's group. Rounds of one utterance each, judged, until agreement or the last.
 
-    With agreement, agent 1 writes the completion and the reward judge scores it. A judge that could not tell makes the
-    dialogue "failed": it has no reward, which is not the same as reward 0.
+    With agreement, agent 1 writes the completion and the reward judge scores it; `always_complete`, as in evaluation,
+    has it written and scored without agreement, too. A judge that could not tell makes the dialogue "failed": it has no
+    reward, which is not the same as reward 0.
     """
     dialogue = Dialogue(scenario, index)
     seed = (table.seed, step, scenario.index, index)
-    for _ in range(table.config.max_rounds):
+    agreed = False
+    while not agreed and dialogue.rounds < table.config.max_rounds:
         for agent in AGENTS:
-            dialogue.utterances.append(
-                await _speak(table, dialogue, agent, derive_seed(*seed, len(dialogue.utterances)))
-            )
-            table.on_utterance()
+            await _speak(table, dialogue, agent, derive_seed(*seed, len(dialogue.utterances)))
         verdict = await table.agreement.agreement(scenario, dialogue)
         dialogue.verdicts.append(verdict)
         if verdict.failure is not None:
             dialogue.failure = f"agreement judge: {verdict.failure}"
             return dialogue
-        if verdict.agree:
-            break
-    else:
-        dialogue.state = "no_agreement"
-        return dialogue
-
-    prompt_ids = table.templates.completion_prompt(scenario, [utterance.text for utterance in dialogue.utterances])
-    sampling = SamplingParams(
-        max_tokens=table.config.completion_max_tokens,
-        temperature=table.config.completion_temperature,
-        top_p=table.config.completion_top_p,
-        seed=derive_seed(*seed, "completion"),
-        stop_ids=table.stop_ids,
-    )
-    generation = await table.engine.generate(prompt_ids, sampling)
-    dialogue.completion = _text(table, generation)
-    score = await table.reward.score(scenario, dialogue)
-    if score.failure is not None:
-        dialogue.failure = f"reward judge: {score.failure}"
-        return dialogue
-    dialogue.score = score
-    dialogue.state = "scored"
+        agreed = verdict.agree
+    if agreed or always_complete:
+        sampling = SamplingParams(
+            max_tokens=table.config.completion_max_tokens,
+            temperature=table.config.completion_temperature,
+            top_p=table.config.completion_top_p,
+            seed=derive_seed(*seed, "completion"),
+            stop_ids=table.stop_ids,
+        )
+        texts = [utterance.text for utterance in dialogue.utterances]
+        generation = await table.engine.generate(table.templates.completion_prompt(scenario, texts), sampling)
+        dialogue.completion = _text(table, generation)
+        await _score(table, dialogue)
+    if dialogue.failure is None:
+        dialogue.state = "scored" if agreed else "no_agreement"
     return dialogue
 
 
-async def _speak(table: Table, dialogue: Dialogue, agent: Agent, seed: int) -> Utterance:
+async def answer(table: Table, step: int, scenario: Scenario, index: int) -> Dialogue:
+    """The single-agent baseline: agent 1 alone answers the dilemma, in one utterance that is the completion as well."""
+    dialogue = Dialogue(scenario, index)
+    prompt_ids = table.templates.answer_prompt(scenario.dilemma.text)
+    # All answers share the prompt, but for its last token: the row that predicts an answer's first is the answer's own.
+    seed = derive_seed(table.seed, step, scenario.index, index, 0)
+    await _utter(table, dialogue, "agent1", prompt_ids, len(prompt_ids) - 1, seed)
+    dialogue.completion = dialogue.utterances[-1].text
+    await _score(table, dialogue)
+    if dialogue.failure is None:
+        dialogue.state = "scored"
+    return dialogue
+
+
+async def _speak(table: Table, dialogue: Dialogue, agent: Agent, seed: int) -> None:
     texts = [utterance.text for utterance in dialogue.utterances]
     prompt_ids, prefix_len = table.templates.utterance_prompt(dialogue.scenario, agent, texts, table.config.window)
+    await _utter(table, dialogue, agent, prompt_ids, prefix_len, seed)
+
+
+async def _utter(
+    table: Table, dialogue: Dialogue, agent: Agent, prompt_ids: tuple[int, ...], prefix_len: int, seed: int
+) -> None:
     sampling = SamplingParams(
         max_tokens=table.config.max_tokens,
         temperature=table.config.temperature,
@@ -87,7 +101,16 @@ async def _speak(table: Table, dialogue: Dialogue, agent: Agent, seed: int) -> U
         stop_ids=table.stop_ids,
     )
     generation = await table.engine.generate(prompt_ids, sampling)
-    return Utterance(agent, _text(table, generation), prompt_ids, prefix_len, generation)
+    dialogue.utterances.append(Utterance(agent, _text(table, generation), prompt_ids, prefix_len, generation))
+    table.on_utterance()
+
+
+async def _score(table: Table, dialogue: Dialogue) -> None:
+    score = await table.reward.score(dialogue.scenario, dialogue)
+    if score.failure is not None:
+        dialogue.failure = f"reward judge: {score.failure}"
+    else:
+        dialogue.score = score
 
 
 def _text(table: Table, generation: Generation) -> str:

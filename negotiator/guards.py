@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from negotiator.learner import LearnerStats
+from negotiator.types import DialogueGroup
 
 SKIPPED_IN_A_ROW = 3  # steps, after which a run stops
 LARGEST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -30,6 +31,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def skipped(stats: LearnerStats) -> bool:
     """Whether there was something to learn, and a loss or gradient that is not finite kept it from the weights."""
     return stats.computed_tokens > 0 and not stats.updated
+
+
+def too_many_failed(groups: Sequence[DialogueGroup], most: float) -> str:
+    """What to tell where none of a step's dialogues ended, or more failed than the share `most`; else nothing."""
+    dialogues = [dialogue for group in groups for dialogue in group.dialogues]
+    failures = [dialogue.failure for dialogue in dialogues if dialogue.state == "failed"]
+    if len(failures) < len(dialogues) and len(failures) <= most * len(dialogues):
+        return ""
+    return (
+        f"{len(failures)} of {len(dialogues)} dialogues failed (judge.max_failed is {most:g}); the first: {failures[0]}"
+    )
 
 
 def require_patience(skipped_in_a_row: int, folder: Path) -> None:

@@ -40,7 +40,8 @@ class Checked:
 
     config: Config
     world: World
-    dilemmas: list[Dilemma]
+    dilemmas: list[Dilemma]  # that are trained on
+    held_out: list[Dilemma]
     pairs: list[PersonaPair]
     tokenizer: PreTrainedTokenizerBase
     templates: Templates
@@ -90,7 +91,9 @@ def check(config: Config, world: World = ALONE, here: bool = True) -> Checked:
 
     Not `here`: for a plan of a run on other machines; they are taken to have the device that is configured.
     """
-    dilemmas, _ = split(load_dilemmas(config.data.dilemmas), config.data.held_out)
+    dilemmas, held_out = split(load_dilemmas(config.data.dilemmas), config.data.held_out)
+    if config.evaluation.every and not held_out:
+        raise ValueError("evaluation.every needs dilemmas that are not trained on: raise data.held_out")
     pairs = load_personas(config.data.personas)
     require_packages(config.lora)
     if here or config.model.device == "auto":
@@ -102,10 +105,12 @@ def check(config: Config, world: World = ALONE, here: bool = True) -> Checked:
     tokenizer = load_tokenizer(config.model.path)
     templates = Templates(tokenizer)
     servers = _servers(config, device, dtype)
-    lengths = _longest_prompts(templates, dilemmas, pairs, _uses_local_judge(config))
+    lengths = _longest_prompts(config, templates, dilemmas, pairs)
     place = Place(device, dtype, world.size, available_memory(device) if here else None)
     plan = make_plan(config, model_config, lengths, place)
-    return Checked(config, world, dilemmas, pairs, tokenizer, templates, device, dtype, why_dtype, servers, plan)
+    return Checked(
+        config, world, dilemmas, held_out, pairs, tokenizer, templates, device, dtype, why_dtype, servers, plan
+    )
 
 
 def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path) -> Run:
@@ -118,7 +123,10 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path
     if config.engine.kind == "sglang" and checked.world.leads:
         urls = find_servers(config.engine.urls)
     local = _local_judging(checked) if _uses_local_judge(config) else None
-    agreement, reward = make_judges(config.judge, local.judge if local else None)
+    judges = config.judge
+    if judges.reward == "self":  # comes with the policy's engine, below
+        judges = judges.model_copy(update={"reward": judges.agreement})
+    agreement, reward = make_judges(judges, local.judge if local else None, folder / "judge.sqlite")
     steps_done, weights = resume_from or (0, Path(config.model.path))
     learner = _learner(checked, weights)
     # One process that trains all weights generates with the very same.
@@ -126,8 +134,11 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path
     served = load_model(config.model.path, checked.device, checked.dtype) if apart else learner.model
     if resume_from:
         checkpoint.load_trainer(weights, learner)
+    engine = _policy_engine(checked, urls, served, folder)
+    if config.judge.reward == "self":
+        reward = LocalJudge(engine, checked.templates, config.judge.agree_threshold)
     table = Table(
-        engine=_policy_engine(checked, urls, served, folder),
+        engine=engine,
         tokenizer=checked.tokenizer,
         templates=checked.templates,
         stop_ids=stop_ids(checked.tokenizer, served.generation_config.eos_token_id),
@@ -135,6 +146,7 @@ def prepare(checked: Checked, resume_from: tuple[int, Path] | None, folder: Path
         reward=reward,
         config=config.dialogue,
         seed=config.seed,
+        mode=config.mode,
     )
     return Run(checked, table, local, learner, served, steps_done)
 
@@ -200,20 +212,24 @@ def _uses_local_judge(config: Config) -> bool:
 
 
 def _longest_prompts(
-    templates: Templates, dilemmas: list[Dilemma], pairs: list[PersonaPair], local_judge: bool
+    config: Config, templates: Templates, dilemmas: list[Dilemma], pairs: list[PersonaPair]
 ) -> Lengths:
     """Tokenizes the longest dilemmas with the longest personas; length in characters finds them well enough."""
     pair = max(pairs, key=lambda p: len(p.a.text) + len(p.b.text))
     longest = sorted(dilemmas, key=lambda dilemma: len(dilemma.text))[-8:]
     scenarios = [Scenario(0, dilemma, pair.a, pair.b, pair.id) for dilemma in longest]
+    judged = [
+        *(templates.agreement_prompt(s, []) for s in scenarios),
+        *(templates.score_prompt(s, "") for s in scenarios),
+    ]
+    judge_prompt = max(map(len, judged)) if _uses_local_judge(config) or config.judge.reward == "self" else 0
+    if config.mode == "single":
+        alone = max(len(templates.answer_prompt(dilemma.text)) for dilemma in longest)
+        return Lengths(utterance_prompt=alone, utterance_prefix=alone, completion_prompt=0, judge_prompt=judge_prompt)
     prompts = [templates.utterance_prompt(scenario, agent, [], "all") for scenario in scenarios for agent in AGENTS]
     return Lengths(
         utterance_prompt=max(len(ids) for ids, _ in prompts),
         utterance_prefix=max(prefix for _, prefix in prompts),
         completion_prompt=max(len(templates.completion_prompt(s, [])) for s in scenarios),
-        judge_prompt=max(
-            max(len(templates.agreement_prompt(s, [])), len(templates.score_prompt(s, ""))) for s in scenarios
-        )
-        if local_judge
-        else 0,
+        judge_prompt=judge_prompt,
     )

@@ -10,20 +10,19 @@
     batches   = pack()                     shared prefixes once, turn samples after them
     stats     = learner.step()             hidden states -> masked GRPO loss -> AdamW
                 engine.update_weights()    a new version; no key or value of the old one survives
-                folder.log_step()          metrics, transcripts, checkpoint
+                folder.log_step()          metrics, transcripts, checkpoint; now and then an evaluation
 
     torchrun --nproc-per-node 4 -m negotiator.train --config configs/quickstart.yaml
 
 Every process negotiates its share of the scenarios; then all have all dialogues, and each learns from its share of the
 micro-batches. One of them writes.
 
-Exit codes: 0 all steps are done, 2 a mistake of the user's, 1 any other error. 143 after SIGTERM and 138 after SIGUSR1
-(128 + the signal's number), which any of the processes may get: the step is finished and saved, and --resume goes on;
-a second one ends the process at once. So a job script sees whether there is more to do (Slurm's
---dependency=afternotok). torchrun hands on SIGTERM, and kills what still runs after 30 s (torch 2.13:
+Exit codes: 0 all steps are done, 2 a mistake of the user's, 1 any other error. 3: the run pauses, as the judges' budget
+is spent or too many dialogues of a step failed; what was learned is saved, and --resume does that step again. 143 after
+SIGTERM and 138 after SIGUSR1 (128 + the signal's number), which any of the processes may get: the step is finished and
+saved, and --resume goes on; a second one ends the process at once. So a job script sees whether there is more to do
+(Slurm's --dependency=afternotok). torchrun hands on SIGTERM, and kills what still runs after 30 s (torch 2.13:
 --shutdown-timeout); it hands on SIGUSR1 with --signals-to-handle SIGTERM,SIGINT,SIGUSR1.
-
-Left out here: evaluation.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from negotiator import advantages, checkpoint, guards, parallel, rollout
+from negotiator import advantages, checkpoint, guards, parallel, rollout, validation
 from negotiator.checkpoint import Checkpoints
 from negotiator.config import (
     Config,
@@ -53,6 +52,7 @@ from negotiator.config import (
     load_config,
 )
 from negotiator.data import draw_scenarios
+from negotiator.endpoint import BudgetSpent
 from negotiator.engines.base import EngineStats
 from negotiator.guards import StopSignals, Watchdog
 from negotiator.loss import default_denominator
@@ -64,11 +64,35 @@ from negotiator.report.progress import TrainingProgress
 from negotiator.report.recorder import RunFolder
 from negotiator.report.transcript import best_dialogue, render
 from negotiator.setup import Checked, Run, check, prepare
-from negotiator.types import DialogueGroup
+from negotiator.types import DialogueGroup, Scenario
+
+PAUSED = 3  # exit code
 
 
-async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> tuple[list[DialogueGroup], int]:
-    """Runs the remaining steps; returns the dialogues of the last one and the signal that ended the run early, or 0."""
+class Ended(NamedTuple):
+    """How a run did: with the dialogues of its last step, all steps done or stopped with an exit code and a reason."""
+
+    groups: list[DialogueGroup]
+    code: int = 0
+    why: str = ""
+
+
+class Rollout(NamedTuple):
+    """The dialogues of a step, or why there are none."""
+
+    groups: list[DialogueGroup]
+    pause: str = ""
+
+    @classmethod
+    def gather(cls, world: World, own: Rollout) -> Rollout:
+        """Of all processes, for all of them."""
+        shares = parallel.gather(world, own)
+        groups = sorted(itertools.chain(*(share.groups for share in shares)), key=lambda group: group.scenario.index)
+        return cls(groups, next((share.pause for share in shares if share.pause), ""))
+
+
+async def train(run: Run, folder: RunFolder, progress: TrainingProgress) -> Ended:
+    """Runs the remaining steps."""
     checked, config = run.checked, run.checked.config
     saves = Checkpoints(folder.checkpoints, run.learner, checked.tokenizer, checked.dtype, config.checkpoint.keep)
     watchdog = Watchdog(0.9 * config.parallel.timeout_s, f"process {checked.world.rank}")
@@ -87,7 +111,7 @@ async def _steps(
     saves: Checkpoints,
     signals: StopSignals,
     watchdog: Watchdog,
-) -> tuple[list[DialogueGroup], int]:
+) -> Ended:
     config, world, dtype, learner = run.checked.config, run.checked.world, run.checked.dtype, run.learner
 
     def phase(text: str) -> None:
@@ -106,18 +130,36 @@ async def _steps(
     unchanged: int | None = guards.fingerprint(weights, dtype)  # of the weights until the first update
     generators = [rank for rank, generates in enumerate(parallel.gather(world, run.generates)) if generates]
 
-    def negotiate(step: int) -> Coroutine[Any, Any, list[DialogueGroup]]:
+    async def negotiate(step: int, scenarios: list[Scenario], group_size: int) -> Rollout:
+        own = scenarios[generators.index(world.rank) :: len(generators)] if run.generates else []
+        try:
+            return Rollout(await rollout.run(table, step, own, group_size))
+        except BudgetSpent as spent:
+            return Rollout([], str(spent))
+
+    def negotiate_step(step: int) -> Coroutine[Any, Any, Rollout]:
         dilemmas, pairs = run.checked.dilemmas, run.checked.pairs
         scenarios = draw_scenarios(dilemmas, pairs, config.seed, step, config.rollout.scenarios)
-        own = scenarios[generators.index(world.rank) :: len(generators)] if run.generates else []
-        return rollout.run(table, step, own, config.rollout.group_size)
+        return negotiate(step, scenarios, config.rollout.group_size)
+
+    async def evaluate(steps_done: int) -> bool:
+        """Whether the policy has never done better."""
+        phase("evaluating")
+        evaluated = Rollout.gather(
+            world, await negotiate(validation.STEP, validation.held_out_scenarios(run.checked), 1)
+        )
+        await table.engine.update_weights(weights, version=steps_done)  # a resumed run finds its cache empty, too
+        figures = validation.validation_metrics(steps_done, evaluated.groups)
+        best = validation.is_best(config.evaluation.metric, figures, folder.evaluations())
+        folder.log_evaluation(figures, evaluated.groups)
+        progress.evaluated(figures, best)
+        return parallel.from_leader(world, best)
 
     groups: list[DialogueGroup] = []
-    skipped_in_a_row = stopped_by = 0
-    ahead: asyncio.Task[list[DialogueGroup]] | None = None  # the dialogues of the next step
+    skipped_in_a_row, ended = 0, Ended(groups)
+    ahead: asyncio.Task[Rollout] | None = None  # the dialogues of the next step
     clock = Stopwatch()
     for step in range(run.steps_done, config.steps):
-        clock.next_step()
         clock.lap("record")
         engine_before, judge_before = engine_stats(run)
 
@@ -125,12 +167,18 @@ async def _steps(
         if run.local:
             run.local.engine.flush()  # a resumed run finds it empty, so an uninterrupted one must too
             await run.local.judge.warm()
-        shares = parallel.gather(world, await (ahead or negotiate(step)))
-        groups = sorted(itertools.chain(*shares), key=lambda group: group.scenario.index)
-        ahead = asyncio.create_task(negotiate(step + 1)) if config.rollout.ahead and step + 1 < config.steps else None
+        rolled = Rollout.gather(world, await (ahead or negotiate_step(step)))
+        groups = rolled.groups
+        if why := rolled.pause or guards.too_many_failed(groups, config.judge.max_failed):
+            where = f"; its dialogues: {folder.log_failed(step + 1, groups)}" if groups else ""
+            ended = Ended(groups, PAUSED, f"step {step + 1} was not done: {why}{where}")
+            if step > run.steps_done and saves.newest_step != step:
+                saves.save(step)
+            break
+        ahead = (
+            asyncio.create_task(negotiate_step(step + 1)) if config.rollout.ahead and step + 1 < config.steps else None
+        )
         spread = advantages.assign(groups)
-        if not spread.valid_dialogues:
-            raise RuntimeError(f"all dialogues of step {step + 1} failed; the first: {groups[0].dialogues[0].failure}")
         clock.lap("rollout")
 
         samples = turn_samples(groups, config.loss.train_roles)
@@ -158,6 +206,7 @@ async def _steps(
         did = parallel.gather(world, (engine_after.since(engine_before), judge_after.since(judge_before)))
         engine_did, judge_did = map(EngineStats.of_processes, zip(*did, strict=True))
         metrics = step_metrics(step + 1, groups, samples, spread, engine_did, judge_did, learned, clock)
+        clock.next_step()
         folder.log_step(metrics, groups)
         progress.step_done(metrics)
 
@@ -172,20 +221,26 @@ async def _steps(
             guards.require_agreement(learned.logprob_gap, dtype)
             guards.require_change(unchanged, guards.fingerprint(weights, dtype))
             unchanged = None
+        clock.lap("record")
+
+        best = validation.is_due(config, step + 1) and await evaluate(step + 1)
+        clock.lap("evaluation")
 
         last = step + 1 == config.steps
         saves.check()
-        stopped_by = 0 if last else max(parallel.gather(world, signals.caught))
-        if (step + 1) % config.checkpoint.every == 0 or last or stopped_by:
+        signalled = 0 if last else max(parallel.gather(world, signals.caught))
+        if (step + 1) % config.checkpoint.every == 0 or last or best or signalled:
             phase("saving")
-            saves.save(step + 1)
-        if stopped_by:
-            if ahead:
-                ahead.cancel()
+            saves.save(step + 1, best)
+        if signalled:
+            ended = Ended(groups, 128 + signalled, f"{signal.Signals(signalled).name}: stopped and saved")
             break
+        ended = Ended(groups)
+    if ahead:
+        ahead.cancel()
     phase("finishing the checkpoint")
     saves.wait()
-    return groups, stopped_by
+    return ended
 
 
 def engine_stats(run: Run) -> tuple[EngineStats, EngineStats]:
@@ -215,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.line(f"{folder.path}: {describe(run)}")
     try:
         with progress.live():
-            groups, stopped_by = asyncio.run(train(run, folder, progress))
+            ended = asyncio.run(train(run, folder, progress))
     except BaseException as error:
         if not world.leads:
             raise
@@ -223,15 +278,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 130
         raise
-    if world.leads and stopped_by:
-        progress.line(f"{signal.Signals(stopped_by).name}: stopped and saved; {go_on}")
+    if world.leads and ended.code:
+        progress.line(f"{ended.why}; {go_on}")
     elif world.leads:
-        if example := best_dialogue(groups):
+        if example := best_dialogue(ended.groups):
             print(f"\n{render(example)}\n")
         print(f"run folder: {folder.path}", flush=True)
     parallel.gather(world, None)  # torchrun ends the others when one leaves with a code that is not 0
     parallel.leave(world)
-    return 128 + stopped_by if stopped_by else 0
+    return ended.code
 
 
 class Command(NamedTuple):

@@ -135,7 +135,7 @@ class Dialogue:
     def reward(self) -> float:
         """The training reward: the score, or 0 without agreement. A failed dialogue has none."""
         assert self.state != "failed", "a failed dialogue has no reward"
-        return self.score.score if self.score is not None else 0.0
+        return self.score.score if self.score is not None and self.state == "scored" else 0.0
 
 
 @dataclass(slots=True)

@@ -39,7 +39,7 @@ def test_a_dumped_config_loads_as_itself(tmp_path):
         ({"steps": "many"}, "steps: input should be a valid integer"),
         ({"rollout.group_size": 1}, "rollout.group_size"),
         ({"dialogue.window": 0}, "window must be 'all' or at least 1"),
-        ({"judge.reward": "openai"}, "an openai judge needs judge.url and judge.name"),
+        ({"judge.reward": "openai"}, "an openai judge needs judge.url"),
         ({"judge.agreement": "locale"}, "agreement must be local, openai or module:function, not 'locale'"),
         ({"model.dtype": "fp8"}, "model.dtype"),
     ],

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from negotiator.data import draw_scenarios, load_dilemmas, load_eval_conflict, load_eval_open, load_personas, split
-from negotiator.data.__main__ import closest_pair, main
+from negotiator.data.__main__ import main
+from negotiator.data.likeness import closest_pair, is_running_english, normalized, similar_pairs
 from negotiator.seeds import derive_seed
 from negotiator.types import Dilemma, Persona, PersonaPair
 
@@ -161,15 +162,55 @@ def test_closest_pair_against_all_pairs() -> None:
     assert similarity == best == jaccard(texts[i], texts[j]) and i != j
 
 
+def test_similar_pairs_are_all_that_share_anything() -> None:
+    texts = ["one two three four", "nothing in common", "One, two; three!", "two three four five"]
+    assert sorted(similar_pairs(texts)) == [(1 / 3, 0, 3), (1 / 2, 0, 2)]
+    assert normalized(texts[2]) == "one two three" != normalized(texts[0])
+
+
+SHIPPED_TEXT = load_dilemmas()[0].text
+
+
+@pytest.mark.parametrize(
+    ("text", "english"),
+    [
+        (SHIPPED_TEXT, True),
+        ("Anaïs and Jürgen rent a shop in Łódź, and each of them wants the window for the work that they sell.", True),
+        ("Les deux voisins se disputent le jardin, et chacun veut y planter ses propres arbres avant la fin.", False),
+        ("The shop is the shop of the shop and the shop is the shop of the shop, so the shop is the shop.", False),
+        ("Both of them ate and he ran, but she did not; " * 2 + "so we sat.", False),
+        ("Kettle window seven orange bridge Tuesday carpet lamp forest engine paper wheat copper garden.", False),
+        ("Дом и сад the shop and the house, and they will be sold to who will pay for it all at once.", False),
+        ("a 1,200 $ & 3,400 $ -- in 5/6/2019, or (7:8:9) = 55 % of the 90 + 80 + 70 for 60 of us...!!", False),
+        ("", False),
+    ],
+)
+def test_running_english_is_told_from_the_rest(text: str, english: bool) -> None:
+    assert is_running_english(text) is english
+
+
 def test_check_describes_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "my.jsonl"
     same = "one two three four?"
-    items = [("a", same, "x"), ("b", same, "x"), ("c", "one two three five six?", "y")]
-    path.write_text("\n".join(json.dumps({"id": i, "text": t, "category": c}) for i, t, c in items))
+    items = [("a", same, "x"), ("b", "One two three: four", "x"), ("c", "one two three five six?", "y")]
+    lines = [{"id": i, "text": t, "category": c, "source": {"model": "M"}} for i, t, c in items]
+    path.write_text("\n".join(map(json.dumps, [*lines, {"id": "d", "text": "seven eight nine", "source": "mine"}])))
     assert main(["check", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "3 dilemmas of 4 to 5 words" in out and "same text: a and b" in out
-    assert "0.250 (a and c)" in out and "category: x 2, y 1" in out
+    assert "4 dilemmas of 3 to 5 words, median 4" in out and "same text: a and b" in out
+    assert "more): 1\n    0.250 a and c" in out and "category: x 2, y 1" in out and "written by: M 3" in out
+
+
+def test_check_compares_files_with_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    party = {"name": "N", "persona": "you want this and that"}
+    one.write_text(json.dumps({"id": "p", "tension": "T", "a": party, "b": party}))
+    other.write_text(json.dumps({"id": "q", "topic": "music", "text": "Who wants this and that?"}))
+    assert main(["check", str(one), str(other)]) == 0
+    out = capsys.readouterr().out
+    assert "1 persona pairs of 5 to 5 words" in out and "same text: p.a and p.b" in out and "same name" in out
+    assert "1 questions of 5 to 5 words" in out and "topic: music 1" in out
+    assert "across files\n  near-duplicates (3-gram Jaccard of 0.15 or more): 2\n    0.200 p.a and q\n" in out
 
 
 def test_check_command_ends_with_2_and_one_sentence(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_phases_explain_the_step_and_gaps_and_overlaps_count_against_them(found:
     row = measured("tiny", "fp32", Case(BASE["cpu"]), found)
     seconds = {phase: getattr(row, f"{phase}_seconds") for phase in (*PHASES, "other")}
     assert row.explained_fraction >= 0.97
-    assert all(seconds[phase] > 0 for phase in PHASES)
+    assert all(seconds[phase] > 0 for phase in PHASES if phase != "evaluation")
     assert sum(seconds.values()) == pytest.approx(row.seconds)
     for step in found.steps:  # by the trainer's own clock, more finely
         told = {**step["seconds"]}

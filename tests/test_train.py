@@ -4,6 +4,7 @@ The judges are real.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from negotiator import guards, train
 from negotiator.report.recorder import RunFolder
-from negotiator.types import PackedBatch, Segment
+from negotiator.types import Dialogue, DialogueGroup, PackedBatch, Segment
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +40,11 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def start(folder: Path, *arguments: object) -> Together:
     """The same command, without importing everything again; what it prints goes to `folder`."""
     return Together(train.main, [([*map(str, arguments)],)], folder)
+
+
+def dialogues_of(folder: Path, step: int) -> list[dict[str, Any]]:
+    lines = (folder / "transcripts" / f"step-{step:05d}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +89,23 @@ def test_a_run_leaves_what_it_promises(finished):
     assert any(row["grad_norm"] > 0 for row in rows)
     assert any(row["agreement_rate"] > 0 for row in rows)
 
-    dialogues = [json.loads(line) for line in (folder / "transcripts" / "step-00003.jsonl").read_text().splitlines()]
+    dialogues = dialogues_of(folder, 3)
     assert len(dialogues) == 6
     trained = sum(len(u["ids"]) for d in dialogues for u in d["utterances"])
     assert trained == rows[2]["trained_tokens"]
     # What step 3 says comes from the weights after two steps, the newest there are.
     assert {u["weight_version"] for d in dialogues for u in d["utterances"]} == {2}
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-4", "step-5"]
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in evaluations] == [2, 4, 5] and all(e["dialogues"] == 3 for e in evaluations)
+    best = max(evaluations, key=lambda e: e["reward"])["step"]  # the first of several
+    assert (folder / "checkpoints" / "best").readlink() == Path(f"step-{best}")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best", f"step-{best}", "step-4", "step-5"}
+    held_out = [
+        json.loads(line) for line in (folder / "transcripts" / "evaluation-00002.jsonl").read_text().splitlines()
+    ]
+    assert sum(d["reward"] for d in held_out) / 3 == pytest.approx(evaluations[0]["reward"])
+    trained_on = {d["dilemma"] for step in range(1, 6) for d in dialogues_of(folder, step)}
+    assert not trained_on & {d["dilemma"] for d in held_out}
     assert yaml.safe_load((folder / "config.yaml").read_text())["rollout"]["group_size"] == 3
     assert str(folder) in printed
     assert "example dialogue" in printed
@@ -122,9 +139,55 @@ def test_ended_anywhere_and_resumed_gives_the_same_run(finished, config_file, tm
         last = start(tmp_path / "last", *arguments)
         assert last.wait() == [0], last.printed()
     assert metrics(folder) == metrics(finished[0])
-    for name in ("step-00001.jsonl", "step-00005.jsonl"):
-        ours = (folder / "transcripts" / name).read_text()
-        assert ours == (finished[0] / "transcripts" / name).read_text()
+    for name in ("transcripts/step-00001.jsonl", "transcripts/step-00005.jsonl", "evaluations.jsonl"):
+        assert (folder / name).read_text() == (finished[0] / name).read_text()
+
+
+def failing_at_the_third_step(*arguments: str) -> int:
+    counted = itertools.count(1)
+    guards.too_many_failed = lambda groups, most: "too many" if next(counted) == 3 else ""
+    return train.main(arguments)
+
+
+def test_a_run_that_pauses_keeps_what_it_learned_and_goes_on(finished, config_file, tmp_path):
+    arguments = ("--config", str(config_file), "--runs", str(tmp_path), "--name", "paused", "--checkpoint.every", "100")
+    paused = Together(failing_at_the_third_step, [(*arguments, "--evaluation.every", "0")], tmp_path / "1")
+    assert paused.wait() == [train.PAUSED]
+    folder = tmp_path / "paused"
+    failed = folder / "transcripts" / "failed-00003.jsonl"
+    assert f"step 3 was not done: too many; its dialogues: {failed}; go on with: " in paused.printed()
+    assert failed.read_text().count("\n") == 6
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
+    assert start(tmp_path / "2", "--resume", folder).wait() == [0]
+    assert metrics(folder) == metrics(finished[0])
+
+
+def test_dialogues_that_failed_stop_a_step_by_their_share():
+    def group(*failures: str | None) -> DialogueGroup:
+        dialogues = [
+            Dialogue(None, i, state="failed" if why else "scored", failure=why) for i, why in enumerate(failures)
+        ]
+        return DialogueGroup(None, dialogues)
+
+    assert guards.too_many_failed([group("a", None), group(None, None)], 0.25) == ""
+    told = guards.too_many_failed([group(None, None), group("no answer", "b")], 0.25)
+    assert told == "2 of 4 dialogues failed (judge.max_failed is 0.25); the first: no answer"
+    assert guards.too_many_failed([group("a", "b")], 1.0) != ""
+
+
+def test_alone_the_policy_answers_once_and_is_trained_on_that(config_file, tmp_path):
+    arguments = ("--config", config_file, "--runs", tmp_path, "--name", "alone", "--mode", "single", "--steps", 2)
+    one = start(tmp_path, *arguments, "--loss.beta", 0.04, "--judge.reward", "self")
+    assert one.wait() == [0], one.printed()
+    for row in metrics(tmp_path / "alone"):
+        dialogues = dialogues_of(tmp_path / "alone", row["step"])
+        assert len(dialogues) == 6 and all(d["state"] == "scored" and d["rounds"] == 0 for d in dialogues)
+        assert all([u["text"] for u in d["utterances"]] == [d["completion"]] for d in dialogues)
+        assert row["trained_tokens"] == sum(len(d["utterances"][0]["ids"]) for d in dialogues)
+        # All answers to a dilemma share its whole prompt, of which an answer computes the last token itself.
+        assert row["computed_tokens"] < row["logical_tokens"]
+        assert row["cached_fraction_of_ideal"] == 1
+    assert row["grad_norm"] > 0
 
 
 def test_steps_without_a_finite_loss_are_skipped_and_three_in_a_row_end_the_run(config_file, tmp_path):

@@ -58,6 +58,7 @@ def write_config(file: Path, model: Path) -> None:
         "engine": {"cache_tokens": 4096},
         "judge": {"agreement": "local", "reward": "local"},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2, "micro_batch_tokens": 1024},
+        "evaluation": {"every": 2, "scenarios": 3},
         "checkpoint": {"every": 2, "keep": 2},
     }
     file.write_text(yaml.safe_dump(config))

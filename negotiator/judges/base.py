@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from negotiator.types import AgreementVerdict, Dialogue, Scenario, ScoreVerdict
+
+Criterion = Literal["resolution", "collective_agency"]
+
+
+@dataclass(frozen=True, slots=True)
+class PairVerdict:
+    """The evaluation judge's word on two answers to one question, in the order in which they were shown."""
+
+    winner: Literal["first", "second", "tie"]
+    failure: str | None = None  # why the judge could not tell; then `winner` means nothing
 
 
 class AgreementJudge(Protocol):
@@ -18,6 +29,17 @@ class AgreementJudge(Protocol):
 class RewardJudge(Protocol):
     async def score(self, scenario: Scenario, dialogue: Dialogue) -> ScoreVerdict:
         """The reward of `dialogue`, whose `completion` is written: 0 to 5, the higher the better."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class PairJudge(Protocol):
+    async def compare(self, question: str, first: str, second: str, criterion: Criterion) -> PairVerdict:
+        """Which answer resolves the conflict better for all concerned, or serves Collective Agency more.
+
+        Judges favour places: ask in both orders, and count what they agree on.
+        """
         ...
 
     async def close(self) -> None: ...

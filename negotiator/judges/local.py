@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 
 from negotiator.engines.base import Engine
+from negotiator.judges.base import Criterion, PairVerdict
 from negotiator.prompts.templates import Templates
 from negotiator.types import AgreementVerdict, Dialogue, Scenario, ScoreVerdict
 
@@ -13,7 +15,7 @@ DIGITS = tuple("012345")
 
 
 class LocalJudge:
-    """Both judges over one engine, which serves the frozen initial policy. A P(yes) of `threshold` counts as agreed.
+    """All judges over one engine, which serves the frozen initial policy. A P(yes) of `threshold` counts as agreed.
 
     Raises ValueError if the tokenizer has no single token for Yes, No or a digit.
     """
@@ -24,6 +26,7 @@ class LocalJudge:
         self._threshold = threshold
         self._yes = templates.single_tokens("Yes", "yes", " Yes", " yes", "YES")
         self._no = templates.single_tokens("No", "no", " No", " no", "NO")
+        self._warming: dict[Criterion, asyncio.Future[None]] = {}
         self._digits = [templates.single_tokens(digit, f" {digit}") for digit in DIGITS]
 
     async def warm(self) -> None:
@@ -45,6 +48,16 @@ class LocalJudge:
         prompt_ids = self._templates.score_prompt(scenario, dialogue.completion)
         mass = await self._mass(prompt_ids, self._digits)
         return ScoreVerdict(sum(value * p for value, p in enumerate(mass)) / sum(mass))
+
+    async def compare(self, question: str, first: str, second: str, criterion: Criterion) -> PairVerdict:
+        """Whether Yes is likelier than No as the next token, to the question if the second is better."""
+        if criterion not in self._warming:
+            self._warming[criterion] = asyncio.ensure_future(
+                self._engine.warm(self._templates.comparison_prefix(criterion))
+            )
+        await self._warming[criterion]
+        yes, no = await self._mass(self._templates.comparison_prompt(first, second, criterion), [self._yes, self._no])
+        return PairVerdict("tie" if yes == no else "second" if yes > no else "first")
 
     async def close(self) -> None:
         await self._engine.close()

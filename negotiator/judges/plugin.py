@@ -1,7 +1,8 @@
 """A judge that is any Python function, named as "module:function", plain or async.
 
 A reward function gets (scenario, dialogue) and returns a number from 0 to 5. An agreement function gets the same and
-returns a bool, or P(agree) from 0 to 1. What such a function raises is its author's to see: it ends the run.
+returns a bool, or P(agree) from 0 to 1. One for evaluation gets (question, first answer, second answer, criterion) and
+returns "first", "second" or "tie". What such a function raises is its author's to see: it ends the run.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from negotiator.judges.base import Criterion, PairVerdict
 from negotiator.types import AgreementVerdict, Dialogue, Scenario, ScoreVerdict
 
 
 class PluginJudge:
-    """Both kinds of judge; which one the function serves as depends on the method that is called.
+    """Every kind of judge; which one the function serves as depends on the method that is called.
 
     `threshold` is the P(agree) from which a round counts as agreed. Raises ValueError if the function cannot be found.
     """
@@ -40,12 +42,18 @@ class PluginJudge:
         answer = await self._call(scenario, dialogue)
         return ScoreVerdict(self._number(answer, 5, "must return a number from 0 to 5"))
 
+    async def compare(self, question: str, first: str, second: str, criterion: Criterion) -> PairVerdict:
+        answer = await self._call(question, first, second, criterion)
+        if answer not in ("first", "second", "tie"):
+            raise ValueError(f'judge function {self._name} must return "first", "second" or "tie", not {answer!r}')
+        return PairVerdict(answer)
+
     async def close(self) -> None:
         """The function is its author's; there is nothing to free."""
 
-    async def _call(self, scenario: Scenario, dialogue: Dialogue) -> Any:
+    async def _call(self, *arguments: Any) -> Any:
         try:
-            answer = self._function(scenario, dialogue)
+            answer = self._function(*arguments)
             return await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
             raise RuntimeError(f"judge function {self._name} raised {type(error).__name__}: {error}") from error
@@ -60,7 +68,7 @@ class PluginJudge:
         return number
 
 
-def _find(name: str) -> Callable[[Scenario, Dialogue], Any]:
+def _find(name: str) -> Callable[..., Any]:
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         raise ValueError(f'a judge function is named "module:function", not "{name}"')
     module_name, function_name = name.split(":")

@@ -70,6 +70,10 @@ class Templates:
         """What all completion prompts of the scenario begin with: personas and dilemma, up to the dialogue."""
         return _shared([self.completion_prompt(scenario, [text]) for text in ("", _PROBE)])
 
+    def answer_prompt(self, question: str) -> tuple[int, ...]:
+        """Asks one agent alone, without a persona, for a solution or an answer."""
+        return self._ids(fill("answer_system"), [self._fill("answer_user", question=question)])
+
     def agreement_prompt(self, scenario: Scenario, texts: Sequence[str]) -> tuple[int, ...]:
         """Asks the local judge for Yes or No: does the last speaker accept what the other said just before?
 
@@ -83,6 +87,18 @@ class Templates:
         """Asks the local judge for a digit from 0 to 5: how far does the completion serve Collective Agency?"""
         user = self._fill("judge_score_local_user", completion=one_line(completion))
         return self._with_examples("judge_score_local", user)
+
+    def comparison_prompt(self, first: str, second: str, criterion: str) -> tuple[int, ...]:
+        """Asks the local judge for Yes or No: is the second of two answers to one question the better by `criterion`?
+
+        Without the question, as in `score_prompt`: a dilemma only distracts a small model.
+        """
+        user = self._fill("judge_compare_local_user", first=one_line(first), second=one_line(second))
+        return self._with_examples("judge_compare_local", user, fill(f"judge_compare_local_{criterion}"))
+
+    def comparison_prefix(self, criterion: str) -> tuple[int, ...]:
+        """What all comparisons by a criterion begin with: the task and its examples."""
+        return _shared([self.comparison_prompt(text, text, criterion) for text in ("horse", '"', "First: ")])
 
     def judge_prefixes(self) -> tuple[tuple[int, ...], ...]:
         """What all agreement prompts begin with, and what all score prompts do: the task and its examples."""
@@ -111,10 +127,10 @@ class Templates:
             return self._ids(system, [self._fill("negotiate_open", dilemma=scenario.dilemma.text)])
         return self._ids(system, [self._fill("negotiate_turn", dilemma=scenario.dilemma.text, window=shown)])
 
-    def _with_examples(self, prompt: str, user: str) -> tuple[int, ...]:
+    def _with_examples(self, prompt: str, user: str, system: str | None = None) -> tuple[int, ...]:
         # As earlier turns, not as text: small models follow these far better.
         shots = [text for example in examples(f"{prompt}_examples") for text in example]
-        return self._ids(fill(f"{prompt}_system"), [*shots, user])
+        return self._ids(system or fill(f"{prompt}_system"), [*shots, user])
 
     def _fill(self, prompt: str, /, **values: str) -> str:
         return fill(prompt, **{place: _blank(value, self._control) for place, value in values.items()})

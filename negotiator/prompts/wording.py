@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,11 @@ def fill(prompt: str, /, **values: str) -> str:
     template = Template(_read(prompt))
     assert set(template.get_identifiers()) == set(values), f"{prompt}.txt has places {template.get_identifiers()}"
     return template.substitute(values)
+
+
+def version(*prompts: str) -> str:
+    """Changes with any word of them."""
+    return hashlib.sha256("\n\n".join(map(_read, prompts)).encode()).hexdigest()[:8]
 
 
 def examples(prompt: str) -> list[tuple[str, str]]:

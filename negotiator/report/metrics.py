@@ -26,7 +26,7 @@ class Stopwatch:
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def total(self) -> float:
@@ -46,9 +46,9 @@ def step_metrics(
     """`samples` are all of the step, those that a zero advantage kept from the learner too.
 
     `engine` and `judge` are what the two engines did in this step; the local judge's forward passes are taken out of
-    the rollout's seconds. `record` is what the step before did too late for its own line: writing that line and the
-    transcripts, checks, and what a checkpoint keeps the trainer waiting for. Rates and means are over the dialogues
-    that ended.
+    the rollout's seconds. `record` and `evaluation` are what the step before did too late for its own line: writing
+    that line and the transcripts, checks, what a checkpoint keeps the trainer waiting for; and an evaluation. Rates and
+    means are over the dialogues that ended.
     """
     dialogues = [dialogue for group in groups for dialogue in group.dialogues]
     ended = [dialogue for dialogue in dialogues if dialogue.state != "failed"]
@@ -64,6 +64,7 @@ def step_metrics(
         "optimizer": stats.optimizer_seconds,
         "sync": clock.seconds["sync"],
         "record": clock.seconds["record"],
+        "evaluation": clock.seconds.get("evaluation", 0.0),  # not in the first step of a run
     }
     return {
         "step": step,

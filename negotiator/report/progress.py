@@ -70,6 +70,14 @@ class TrainingProgress:
             f"  {metrics['seconds']['step']:.1f} s  {eta}"
         )
 
+    def evaluated(self, figures: dict[str, Any], best: bool) -> None:
+        self.line(
+            f"evaluation after step {figures['step']}  reward {figures['reward']:.3f}"
+            f"  agree {100 * figures['agreement']:.0f} %  rounds {figures['rounds']:.1f}"
+            f"  {figures['dialogues']} held-out dialogues, {figures['failed']} failed"
+            f"{'  (best so far)' if best else ''}"
+        )
+
 
 class _Lines(logging.Handler):
     """Hands each record to a function, as a line."""

@@ -2,7 +2,8 @@
 
 runs/<name>/config.yaml                 resolved configuration
             metrics.jsonl               one object a step
-            transcripts/step-00001.jsonl   every dialogue of a step
+            evaluations.jsonl           one object an evaluation
+            transcripts/step-00001.jsonl   every dialogue of a step; evaluation-00001.jsonl of an evaluation after it
             checkpoints/step-N/         see `checkpoint`
             skipped/step-00001.safetensors   what a step would have learned whose loss or gradient was not finite
             log.txt                     what the terminal showed, without the live display
@@ -57,21 +58,43 @@ class RunFolder:
 
     def forget_after(self, steps_done: int) -> None:
         """Drops the records of steps that the checkpoint at `steps_done` does not contain; they will be run again."""
-        metrics = self.path / "metrics.jsonl"
-        if self._writes and metrics.exists():
-            # A kill in mid-write can leave one torn line, always the last and always after the checkpoint.
-            kept = metrics.read_text().splitlines(keepends=True)[:steps_done]
-            _write_atomically(metrics, "".join(kept))
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            path = self.path / name
+            if self._writes and path.exists():
+                # A kill in mid-write can leave one torn line, always the last and always after the checkpoint.
+                lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                _write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= steps_done))
 
     def log_step(self, metrics: dict[str, Any], groups: Sequence[DialogueGroup]) -> None:
-        if not self._writes:
-            return
+        if self._writes:
+            self._write_transcripts(f"step-{metrics['step']:05d}", groups)
+            self._append("metrics.jsonl", metrics)
+
+    def log_evaluation(self, figures: dict[str, Any], groups: Sequence[DialogueGroup]) -> None:
+        if self._writes:
+            self._write_transcripts(f"evaluation-{figures['step']:05d}", groups)
+            self._append("evaluations.jsonl", figures)
+
+    def log_failed(self, step: int, groups: Sequence[DialogueGroup]) -> Path:
+        """Of a step that learned nothing, as too many of its dialogues failed."""
+        if self._writes:
+            self._write_transcripts(f"failed-{step:05d}", groups)
+        return self.path / "transcripts" / f"failed-{step:05d}.jsonl"
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What `log_evaluation` wrote so far."""
+        path = self.path / "evaluations.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _write_transcripts(self, name: str, groups: Sequence[DialogueGroup]) -> None:
         folder = self.path / "transcripts"
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(_transcript(d), ensure_ascii=False) + "\n" for group in groups for d in group.dialogues]
-        _write_atomically(folder / f"step-{metrics['step']:05d}.jsonl", "".join(lines))
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(_valid(metrics), allow_nan=False) + "\n")
+        _write_atomically(folder / f"{name}.jsonl", "".join(lines))
+
+    def _append(self, name: str, figures: dict[str, Any]) -> None:
+        with open(self.path / name, "a") as file:
+            file.write(json.dumps(_valid(figures), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
