@@ -30,6 +30,8 @@ GIB = 2**30
 STATED_RATE = 989e12
 MEASURED_MFU = 0.42
 
+LIBRARY_BYTES = GIB * 6 // 10  # Python, torch and transformers: 0.4 GiB once imported, and what they take as they work
+
 # NF4 with double quantization: half a byte, for 64 parameters a scale of one byte, for 256 scales one of four.
 BYTES_IN_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
@@ -275,12 +277,13 @@ def learner_memory(
         "layers gathered from the others": gathered if sharded else 0,
         "logits, lm_head's gradient": CHUNK_BYTES[place.device.type] + (0 if rank else head * (4 + size)),
         "checkpoint being written": 0 if on_gpu else saved,
+        "Python and its libraries": 0 if on_gpu else LIBRARY_BYTES,
     }
     if one_pass and not offloaded:  # gradients come as activations go
         memory["activations, beyond the gradients"] = max(0, activations - gradients)
     else:
         memory["activations"] = activations
-    return memory, (saved if on_gpu else 0) + (sum(held.values()) if offloaded else 0)
+    return memory, (saved + LIBRARY_BYTES if on_gpu else 0) + (sum(held.values()) if offloaded else 0)
 
 
 def activation_bytes(
