@@ -119,3 +119,8 @@ def test_nothing_ended() -> None:
 def test_a_reward_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dialogue 1 of scenario 0 is nan"):
         assign([group(1.0, math.nan)])
+
+
+def test_without_agreement_the_reward_is_0_though_an_evaluation_has_scored_it():
+    scored, disagreed = (Dialogue(None, 0, score=ScoreVerdict(4.0), state=s) for s in ("scored", "no_agreement"))
+    assert (scored.reward, disagreed.reward) == (4.0, 0.0)

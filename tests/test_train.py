@@ -185,7 +185,7 @@ def test_alone_the_policy_answers_once_and_is_trained_on_that(config_file, tmp_p
         assert all([u["text"] for u in d["utterances"]] == [d["completion"]] for d in dialogues)
         assert row["trained_tokens"] == sum(len(d["utterances"][0]["ids"]) for d in dialogues)
         # All answers to a dilemma share its whole prompt, of which an answer computes the last token itself.
-        assert row["computed_tokens"] < row["logical_tokens"]
+        assert row["computed_tokens"] < 0.6 * row["logical_tokens"]
         assert row["cached_fraction_of_ideal"] == 1
     assert row["grad_norm"] > 0
 

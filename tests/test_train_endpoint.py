@@ -23,7 +23,7 @@ def verdict(number: int, received: Received) -> Answer:
     assert code is not None
     chance = int(hashlib.sha256(received.user.encode()).hexdigest(), 16)
     said = {"agree": chance % 2 == 0} if '"agree"' in system else {"score": chance % 6}
-    return says(json.dumps({"code": code[1], **said}))
+    return says(json.dumps({"code": code[1], **said}), after_s=0.05)  # so that several are under way
 
 
 @pytest.fixture
