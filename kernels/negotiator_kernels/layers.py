@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; both of one shape."""
-    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 
@@ -32,6 +32,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
     The results lie in memory as [B, T, H, d], as do the outputs of a projection and what attention wants.
     """
+    # torch types no `apply`
     turned_q, turned_k = (_Rotation.apply(x, cos, sin) for x in (q, k))  # type: ignore[no-untyped-call]
     return turned_q, turned_k
 

@@ -19,8 +19,8 @@ import unicodedata
 from dataclasses import dataclass
 
 # Also what only looks like one of < > [ ]; compatibility forms, like those of full width, come on top in `_character`.
-_OPENING = "<[‹«≪⋘⟨⟪〈《⟦⦗⧼❬❮❰⪻⊰˂ᐸ"  # noqa: RUF001
-_CLOSING = ">]›»≫⋙⟩⟫〉》⟧⦘⧽❭❯❱⪼⊱˃ᐳ"  # noqa: RUF001
+_OPENING = "<[‹«≪⋘⟨⟪〈《⟦⦗⧼❬❮❰⪻⊰˂ᐸ"  # noqa: RUF001 - look-alikes on purpose
+_CLOSING = ">]›»≫⋙⟩⟫〉》⟧⦘⧽❭❯❱⪼⊱˃ᐳ"  # noqa: RUF001 - likewise
 _ROUND = str.maketrans(dict.fromkeys(_OPENING, "(") | dict.fromkeys(_CLOSING, ")"))
 _INVISIBLE = ("Cc", "Cf", "Co", "Cs", "Cn")  # controls, formats (tags and marks of direction), private, halves, none
 
